@@ -46,7 +46,7 @@ def make_model(folder: Path, *, seed: int = 0, template: str = CHATML, vocab: in
     fast.chat_template = template
     fast.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=vocab,
+        vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
