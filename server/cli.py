@@ -1,0 +1,308 @@
+"""agent-rl: the command line and the composition root. Heavy imports stand inside the commands that need them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agent_rl.settings import Settings, SettingsError, explain, load
+from server.launch import LaunchError, read_settings
+
+app = typer.Typer(
+    help="An online learning server for live agents.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+config_app = typer.Typer(help="What is in force, and why.", no_args_is_help=True)
+releases_app = typer.Typer(help="What serves, what served, what was turned down.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(releases_app, name="releases")
+
+console = Console(highlight=False)
+complaints = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; agent-rl.toml here if there is one.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="An option by its name: learner.lr=5e-4. Repeatable.")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of everything that is kept.")]
+SettingsFile = Annotated[Path, typer.Option("--settings", help="Complete settings, as serve writes them.")]
+
+
+def options(config: Path | None, sets: list[str] | None, **named: object) -> tuple[Path | None, dict[str, object]]:
+    """The file and the dotted overrides of a command line; `home` and the like are overrides by their usual names."""
+    overrides: dict[str, object] = {name.replace("__", "."): v for name, v in named.items() if v is not None}
+    for item in sets or []:
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise SettingsError(f"--set takes name=value, got {item!r}")
+        overrides[name.strip()] = value
+    return config, overrides
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    sets: Sets = None,
+    home: Home = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face causal language model.")] = None,
+) -> None:
+    """Run everything on this machine until Ctrl-C."""
+    from server import launch
+
+    settings = load(*options(config, sets, home=home, gateway__host=host, gateway__port=port, engine__model=model))
+    asyncio.run(launch.serve(settings, lambda text: console.print(escape(text)), show_line))
+
+
+def show_line(role: str, line: str) -> None:
+    """On the console: what the roles announce and complain about; everything is in their logs."""
+    if role in ("learner", "publisher", "supervisor") or any(word in line for word in ("WARNING", "ERROR", "CRITICAL")):
+        console.print(f"[dim]{role:>10}[/dim]  {escape(line)}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    home: Home = None,
+    start: Annotated[bool, typer.Option(help="Start a server of its own in a fresh home folder first.")] = False,
+    interactions: Annotated[int, typer.Option(help="Conversations per scenario, at most.")] = 64,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 64,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these scenarios. Repeatable.")] = None,
+    sets: Sets = None,
+) -> None:
+    """A simulated user with a preference talks to the server; watch the model take it up."""
+    from server import demo as play
+
+    if start:
+        asyncio.run(play.with_server(load(*options(None, sets, home=home)), interactions, questions, scenario, console))
+    else:
+        asyncio.run(play.run(read_settings(run_file(home)), interactions, questions, scenario, console))
+
+
+@app.command()
+def chat(home: Home = None, policy: Annotated[str, typer.Option(help="Which policy to talk to.")] = "default") -> None:
+    """Talk to the server in this terminal; it says when the model behind it changes."""
+    from server import chat as terminal
+
+    terminal.run(read_settings(run_file(home)), policy, console)
+
+
+def run_file(home: Path | None) -> Path:
+    return (home or load().home) / "run" / "settings.json"
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile = None, sets: Sets = None, home: Home = None) -> None:
+    """Every option, its value, and where the value came from."""
+    table = Table("option", "value", "from", box=None, pad_edge=False)
+    for name, value, where in explain(*options(config, sets, home=home)):
+        style = None if where == "default" else "bold"
+        table.add_row(name, escape(str(value)), where, style=style)
+    console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------------- releases
+
+
+def with_store(home: Path | None, work: Callable[[Any, Settings], Awaitable[None]]) -> None:
+    """Run `work(store, settings)` on the database of a served home."""
+    from agent_rl.experience.store import Store
+
+    async def connected() -> None:
+        settings = read_settings(run_file(home))
+        store = await Store.open(settings.database_url)
+        try:
+            await work(store, settings)
+        finally:
+            await store.close()
+
+    asyncio.run(connected())
+
+
+@releases_app.command("list")
+def releases_list(home: Home = None, limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20) -> None:
+    """Releases, newest first."""
+    from agent_rl.experience import lineage
+
+    async def work(store: Any, settings: Settings) -> None:
+        table = Table("release", "policy", "state", "step", "made", "why", box=None, pad_edge=False)
+        for release in await lineage.releases(store, limit=limit):
+            table.add_row(
+                release.release_id,
+                release.policy_id,
+                release.state,
+                str(release.step),
+                moment(release.created_at),
+                "; ".join(release.reasons),
+            )
+        console.print(table)
+        for policy in await store.policies():
+            deployment = await store.deployment(policy.policy_id)
+            console.print(f"{policy.policy_id}: {deployment.live} serves (generation {deployment.generation})")
+
+    with_store(home, work)
+
+
+@releases_app.command("show")
+def releases_show(release: str, home: Home = None) -> None:
+    """One release: where it comes from, and what its exam found."""
+    from agent_rl.experience import lineage
+
+    async def work(store: Any, settings: Settings) -> None:
+        found = await lineage.find_release(store, release)
+        if found is None:
+            raise LaunchError(f"there is no release {release!r}; `agent-rl releases list` shows what there is")
+        for name in found.__dataclass_fields__:
+            value = getattr(found, name)
+            console.print(f"{name:15} {escape(moment(value) if name == 'created_at' else str(value))}")
+        report = await lineage.last_exam(store, found.release_id)
+        if report is None:
+            console.print("not examined yet")
+            return
+        console.print(f"\nexam: {'passed' if report.passed else 'failed'} in {report.seconds:.1f} s")
+        for reason in report.reasons:
+            console.print(f"  - {escape(reason)}")
+        for name, value in sorted(report.values.items()):
+            console.print(f"  {name:32} {value:.4g}")
+        for probe, answer in report.samples[:4]:
+            console.print(f"  [dim]{escape(probe)}[/dim] {escape(answer)}")
+
+    with_store(home, work)
+
+
+@releases_app.command("promote")
+def releases_promote(release: str, reason: str = "by hand", home: Home = None) -> None:
+    """Let a release serve, whatever its exam said."""
+    from agent_rl.experience import lineage
+
+    async def work(store: Any, settings: Settings) -> None:
+        found = await lineage.find_release(store, release)
+        if found is None:
+            raise LaunchError(f"there is no release {release!r}; `agent-rl releases list` shows what there is")
+        deployment = await lineage.promote(store, found.release_id, actor=actor(), reason=reason)
+        console.print(f"{deployment.live} serves {deployment.policy_id} (generation {deployment.generation})")
+
+    with_store(home, work)
+
+
+@releases_app.command("rollback")
+def releases_rollback(
+    to: Annotated[str | None, typer.Argument(help="Release to go back to, or 'base'; none: the one before.")] = None,
+    policy: str = "default",
+    reason: str = "by hand",
+    home: Home = None,
+) -> None:
+    """Let an earlier release serve again; what was learned after it is cut off."""
+    from agent_rl.experience import lineage
+
+    async def work(store: Any, settings: Settings) -> None:
+        attempts = settings.learner.max_attempts
+        deployment = await lineage.rollback(store, policy, to, actor=actor(), reason=reason, max_attempts=attempts)
+        console.print(f"{deployment.live} serves {policy} (generation {deployment.generation})")
+
+    with_store(home, work)
+
+
+def actor() -> str:
+    import getpass
+
+    return f"cli:{getpass.getuser()}"
+
+
+def moment(seconds: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+# ------------------------------------------------------------------------------ what serve starts, one process each
+
+
+@app.command(hidden=True)
+def prepare(settings: SettingsFile) -> None:
+    """Bring database, model, policy and first key into being."""
+    from server.preparation import prepare as run
+
+    asyncio.run(run(read_settings(settings), lambda text: console.print(escape(text))))
+
+
+@app.command(hidden=True)
+def role(name: str, settings: SettingsFile) -> None:
+    """Run one role until SIGTERM."""
+    chosen = read_settings(settings)
+    logging.basicConfig(
+        level=chosen.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if name in ("engine", "gateway"):
+        run_app(name, chosen)
+    else:
+        asyncio.run(run_loop(name, chosen))
+
+
+def run_app(name: str, settings: Settings) -> None:
+    import uvicorn
+
+    if name == "engine":
+        if settings.engine.kind == "torch":
+            from server.engines.torch_engine import create_app
+        else:
+            from server.engines.scripted import create_app  # type: ignore[assignment]
+        host, port = "127.0.0.1", settings.engine.port
+    else:
+        from server.app import create_app  # type: ignore[assignment]
+
+        host, port = settings.gateway.host, settings.gateway.port
+    config = uvicorn.Config(
+        create_app(settings),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        loop="uvloop",
+        http="httptools",
+        server_header=False,
+        timeout_graceful_shutdown=8,
+        backlog=1024,
+    )
+    uvicorn.Server(config).run()
+
+
+async def run_loop(name: str, settings: Settings) -> None:
+    if name == "recorder":
+        from agent_rl.experience.recorder import run
+    elif name == "judge":
+        from agent_rl.judge import run
+    elif name == "learner":
+        from agent_rl.learner import run
+    elif name == "publisher":
+        from server.publisher import run
+    else:
+        raise LaunchError(f"there is no role {name!r}")
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run(settings, stop)
+
+
+def main() -> None:
+    """The console script: errors of ours in one line, without a stack trace."""
+    try:
+        app()
+    except (SettingsError, LaunchError, ValueError) as error:
+        complaints.print(f"agent-rl: {escape(str(error))}")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
