@@ -1,4 +1,4 @@
-"""What must be there before the roles start: the schema, the model, the policy and the first key. Run once, by serve."""
+"""What must be there before the roles start: the schema, the model, the policy and the first key."""
 
 from __future__ import annotations
 

@@ -35,9 +35,7 @@ def redis_command(folder: Path) -> list[str]:
         )
     folder = folder.resolve()
     if len(str(folder / "redis.sock")) > 100:
-        raise RuntimeError(
-            f"{folder}/redis.sock is too long for a socket's path (100 bytes); choose a shorter home folder"
-        )
+        raise RuntimeError(f"{folder}/redis.sock is too long for a socket (100 bytes); choose a shorter home folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     config = folder / "redis.conf"
     config.write_text(CONFIG.format(folder=folder))

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "agent_rl.learner": {f"agent_rl.{n}" for n in CORE},
     "server.engines": {f"agent_rl.{n}" for n in ["types", "settings", "models", "rendering"]},
+    "server.preparation": {f"agent_rl.{n}" for n in ["types", "settings", "models", "experience"]},
     "server.cli": {"agent_rl", "server", "environments", "migrations"},
     "server": {
         f"agent_rl.{n}"
