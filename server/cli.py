@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,13 @@ releases_app = typer.Typer(help="What serves, what served, what was turned down.
 app.add_typer(config_app, name="config")
 app.add_typer(releases_app, name="releases")
 
+ENGINES = {"torch": "torch_engine", "scripted": "scripted"}
+LOOPS = {
+    "recorder": "agent_rl.experience.recorder",
+    "judge": "agent_rl.judge",
+    "publisher": "server.publisher",
+    "learner": "agent_rl.learner",
+}
 console = Console(highlight=False)
 complaints = Console(stderr=True, highlight=False)
 
@@ -244,27 +252,21 @@ def role(name: str, settings: SettingsFile) -> None:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if name in ("engine", "gateway"):
-        run_app(name, chosen)
-    else:
+    if name in LOOPS:
         asyncio.run(run_loop(name, chosen))
+    else:
+        run_app(name, chosen)
 
 
 def run_app(name: str, settings: Settings) -> None:
+    """Serve a FastAPI app until SIGTERM; running answers get a few seconds to end."""
     import uvicorn
 
-    if name == "engine":
-        if settings.engine.kind == "torch":
-            from server.engines.torch_engine import create_app
-        else:
-            from server.engines.scripted import create_app  # type: ignore[assignment]
-        host, port = "127.0.0.1", settings.engine.port
-    else:
-        from server.app import create_app  # type: ignore[assignment]
-
-        host, port = settings.gateway.host, settings.gateway.port
+    engine = settings.engine
+    module = "server.app" if name == "gateway" else f"server.engines.{ENGINES[engine.kind]}"
+    host, port = (settings.gateway.host, settings.gateway.port) if name == "gateway" else ("127.0.0.1", engine.port)
     config = uvicorn.Config(
-        create_app(settings),
+        import_module(module).create_app(settings),
         host=host,
         port=port,
         log_config=None,
@@ -273,26 +275,15 @@ def run_app(name: str, settings: Settings) -> None:
         http="httptools",
         server_header=False,
         timeout_graceful_shutdown=8,
-        backlog=1024,
     )
     uvicorn.Server(config).run()
 
 
 async def run_loop(name: str, settings: Settings) -> None:
-    if name == "recorder":
-        from agent_rl.experience.recorder import run
-    elif name == "judge":
-        from agent_rl.judge import run
-    elif name == "learner":
-        from agent_rl.learner import run
-    elif name == "publisher":
-        from server.publisher import run
-    else:
-        raise LaunchError(f"there is no role {name!r}")
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await run(settings, stop)
+    await import_module(LOOPS[name]).run(settings, stop)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ async def serve(settings: Settings, show: Show, show_line: Callable[[str, str], 
     with only_one(settings.home):
         settings = complete(settings)
         file = write_settings(settings)
-        supervisor = Supervisor(settings.home / "logs", show_line)
+        supervisor = Supervisor(settings.home, show_line)
         starting = asyncio.create_task(_start(supervisor, settings, file, show))
         try:
             await asyncio.wait({starting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)

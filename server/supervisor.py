@@ -38,13 +38,15 @@ class Role:
 class Supervisor:
     """`await start(role)` for each in order, then `await stop()`, which ends them in the opposite order."""
 
-    def __init__(self, logs: Path, show: Callable[[str, str], None]) -> None:
-        """`show(role, line)` is called with each line that a child writes; all lines also go to `logs`/<role>.log."""
-        logs.mkdir(parents=True, exist_ok=True)
-        self.logs, self.show = logs, show
+    def __init__(self, home: Path, show: Callable[[str, str], None]) -> None:
+        """`show(role, line)` is called with each line that a child writes; all of them also go to logs/<role>.log, and
+        the child's process id to run/<role>.pid."""
+        self.logs, self.pids, self.show = home / "logs", home / "run", show
+        for folder in (self.logs, self.pids):
+            folder.mkdir(parents=True, exist_ok=True)
         self.roles: list[Role] = []
         self.tasks: list[asyncio.Task[None]] = []
-        self.stopping = False
+        self.stopping = asyncio.Event()
 
     async def start(self, role: Role) -> None:
         self.roles.append(role)
@@ -53,7 +55,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL to what has not ended in its time; in the order opposite to starting."""
-        self.stopping = True
+        self.stopping.set()
         for role in reversed(self.roles):
             process = role.process
             if process is None or process.returncode is not None:
@@ -79,18 +81,19 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent(os.getpid()),
         )
+        (self.pids / f"{role.name}.pid").write_text(str(role.process.pid))
 
     async def _keep(self, role: Role) -> None:
         """Copy the child's output; when it ends by itself, start it again after a pause that doubles up to a limit."""
         pause = FIRST_PAUSE_S
-        while not self.stopping:
+        while not self.stopping.is_set():
             process = role.process
             assert process is not None
             assert process.stdout is not None
             started = time.monotonic()
             await self._copy(role.name, process.stdout)
             code = await process.wait()
-            if self.stopping:
+            if self.stopping.is_set():
                 return
             signal_group(process.pid, signal.SIGKILL)  # nothing that it started may outlive it
             pause = FIRST_PAUSE_S if time.monotonic() - started > GOOD_RUN_S else min(pause * 2, LONGEST_PAUSE_S)
