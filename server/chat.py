@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from openai import APIError, OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,18 +26,16 @@ class Talk:
     client: OpenAI
     policy: str
     console: Console
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[ChatCompletionMessageParam] = field(default_factory=list)
     turn_id: str | None = None
     release: str | None = None
 
     def ask(self, text: str) -> None:
         """Send a message, print the answer as it comes; a failed request leaves the conversation as it was."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages: list[ChatCompletionMessageParam] = [*self.messages, {"role": "user", "content": text}]
         answer = ""
         response = self.client.chat.completions.with_raw_response.create(
-            model=self.policy,
-            messages=messages,  # type: ignore[arg-type]
-            stream=True,
+            model=self.policy, messages=messages, stream=True
         )
         self.notice(response.headers["x-policy-version"])
         self.turn_id = response.headers["x-turn-id"]
