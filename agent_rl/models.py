@@ -12,9 +12,11 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # weights come from a folder, never from a hub
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -36,7 +38,28 @@ class ModelError(ValueError):
 # ------------------------------------------------------------------------------------------------ base models
 
 
-def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str = "cpu") -> nn.Module:
+def torch_dtype(dtype: Dtype, device: str = "cpu") -> torch.dtype:
+    """The dtype meant; `auto` is bf16, but fp32 on a processor where bf16 is slower (without AVX-512 BF16 or AMX it
+    is emulated, and up to 70 times slower)."""
+    if dtype == "auto":
+        fast = device != "cpu" or _linear_seconds(torch.bfloat16) < _linear_seconds(torch.float32)
+        dtype = "bfloat16" if fast else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+
+
+@lru_cache
+def _linear_seconds(dtype: torch.dtype) -> float:
+    """Best of a few runs of one linear layer of a small model on a prompt's worth of rows."""
+    x, w = torch.ones(64, 512, dtype=dtype), torch.ones(1536, 512, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def load_model(folder: Path, dtype: Dtype = "auto", device: str = "cpu") -> nn.Module:
     """A causal language model from a Hugging Face folder, in evaluation mode. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
@@ -45,7 +68,7 @@ def load_model(folder: Path, dtype: Dtype = "bfloat16", device: str = "cpu") -> 
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} holds no .safetensors weights; other formats are not loaded")
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True
+        folder, dtype=torch_dtype(dtype, device), use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     return model.to(device).eval()  # type: ignore[no-any-return]
 

@@ -71,8 +71,8 @@ class EngineSettings(Section):
     """Loopback port of the engine that we start; 0 takes a free one."""
     device: str = "cpu"
     """Torch device of the engine."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the base weights in the engine; adapters are fp32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the base weights in the engine; `auto` measures which is faster here. Adapters are fp32."""
     threads: int = Field(0, ge=0)
     """Compute threads; 0 leaves one core to everything else."""
     max_batch: int = Field(16, gt=0)
@@ -172,8 +172,8 @@ class LearnerSettings(Section):
     """AdamW's weight decay."""
     device: str = "cpu"
     """Torch device of the learner."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the forward pass; adapters, gradients and optimizer state are fp32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the forward pass, chosen as the engine's; adapters, gradients and optimizer state are fp32."""
     threads: int = Field(1, gt=0)
     """Compute threads of the learner."""
     lease_s: float = Field(30.0, gt=0)
