@@ -1,0 +1,85 @@
+"""From evidence to the teacher's view: the request as it was, and what the user said about the answer. Pure.
+
+The view never holds the answer that is scored: a teacher that sees it scores it by copying it, and the sign of the
+lesson turns. It does hold the subject's standing feedback, so that a teacher that never learns keeps asking for what
+was asked before. Templates carry a version, for a changed wording is another teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from agent_rl.types import DropReason, Evidence, Message, TeacherView, Verdict
+
+Template = Callable[[tuple[Message, ...], str, str | None], tuple[Message, ...] | None]
+
+
+def teacher_view(evidence: Evidence, verdict: Verdict, template: str = "hint") -> TeacherView | DropReason:
+    """What the teacher sees. NO_HINDSIGHT where nothing tells how to do better; RETRACTED where all that did is gone.
+
+    `template` is a name in TEMPLATES.
+    """
+    said = spoken(evidence, verdict)
+    corrections = [f.correction for f in evidence.feedback if f.correction and not f.retracted]
+    if not said and not corrections:
+        taken_back = any(f.retracted and (f.comment or f.correction) for f in evidence.feedback)
+        return DropReason.RETRACTED if taken_back else DropReason.NO_HINDSIGHT
+    all_said = "\n".join(unique([*evidence.standing, *said]))
+    messages = TEMPLATES[template](evidence.transcript.messages, all_said, corrections[-1] if corrections else None)
+    return DropReason.NO_HINDSIGHT if messages is None else TeacherView(messages, f"{template}/1")
+
+
+def spoken(evidence: Evidence, verdict: Verdict) -> list[str]:
+    """What was said about this answer: the hint in the follow-up, then comments not retracted, oldest first.
+
+    A verdict that comes from feedback quotes a comment, so it says nothing that the comments do not, and goes with
+    them when they are retracted.
+    """
+    hint = [verdict.hint] if verdict.hint and verdict.related and verdict.source != "feedback" else []
+    return unique([*hint, *(f.comment for f in evidence.feedback if f.comment and not f.retracted)])
+
+
+def unique(texts: Iterable[str]) -> list[str]:
+    """Each text once, where it was said last."""
+    stripped = [text.strip() for text in texts if text.strip()]
+    return list(dict.fromkeys(reversed(stripped)))[::-1]
+
+
+def _hint(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:
+    blocks = []
+    if said:
+        blocks.append(f"[The user's reply to an earlier answer: {said}]")
+    if correction:
+        blocks.append(f"[An answer that the user was content with: {correction}]")
+    blocks.append("Answer again from the beginning, doing what the user asks.")
+    return _last_user(messages, lambda content: "\n\n".join([content, "\n".join(blocks)]))
+
+
+def _plain(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:
+    shown = [said] if said else []
+    if correction:
+        shown.append(f"For example: {correction}")
+    return (*messages, Message("user", "\n".join(shown)))
+
+
+def _system(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:
+    shown = [f"What the user has asked of your answers: {said}"] if said else []
+    if correction:
+        shown.append(f"An answer that the user was content with: {correction}")
+    text = "\n".join(shown)
+    if messages and messages[0].role == "system":
+        return (replace(messages[0], content=f"{messages[0].content}\n\n{text}"), *messages[1:])
+    return (Message("system", text), *messages)
+
+
+def _last_user(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...] | None:
+    """The messages with the last one of the user changed; None if the user has said nothing."""
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i].role == "user":
+            changed = replace(messages[i], content=change(messages[i].content))
+            return (*messages[:i], changed, *messages[i + 1 :])
+    return None
+
+
+TEMPLATES: dict[str, Template] = {"hint": _hint, "plain": _plain, "system": _system}
