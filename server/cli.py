@@ -86,12 +86,25 @@ def demo(
     sets: Sets = None,
 ) -> None:
     """A simulated user with a preference talks to the server; watch the model take it up."""
-    from server import demo as play
+    from server.demo import command
 
+    config, overrides = options(None, sets, home=home)
     if start:
-        asyncio.run(play.with_server(load(*options(None, sets, home=home)), interactions, questions, scenario, console))
+        settings = load(config, overrides)
+        asyncio.run(command.with_server(settings, interactions, questions, scenario, teacher_messages, console))
     else:
-        asyncio.run(play.run(read_settings(run_file(home)), interactions, questions, scenario, console))
+        settings = read_settings(run_file(home))
+        asyncio.run(command.run(settings, interactions, questions, scenario, teacher_messages, console))
+
+
+def teacher_messages(question: str, complaint: str) -> Any:
+    """The teacher's view of a question and what was said about its answer, as messages of the OpenAI wire."""
+    from agent_rl.hindsight import TEMPLATES
+    from agent_rl.types import Message
+
+    template = TEMPLATES[Settings().learner.method.hindsight]
+    messages = template((Message("user", question),), complaint, None) or ()
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 @app.command()

@@ -14,8 +14,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -38,24 +38,37 @@ async def serve(settings: Settings, show: Show, show_line: Callable[[str, str], 
     Raises LaunchError if it cannot start; whatever was started is stopped before this returns or raises.
     """
     stop = asyncio.Event()
+    this = asyncio.current_task()
+    assert this is not None
+
+    def asked_to_stop() -> None:
+        if not stop.is_set():
+            stop.set()
+            this.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, asked_to_stop)
+    try:
+        async with served(settings, show, show_line) as complete_settings:
+            show(banner(complete_settings))
+            await stop.wait()
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    show("everything has stopped")
+
+
+@asynccontextmanager
+async def served(settings: Settings, show: Show, show_line: Callable[[str, str], None]) -> AsyncIterator[Settings]:
+    """Everything runs and answers inside the block, which gets the complete settings; nothing is left after it."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with only_one(settings.home):
         settings = complete(settings)
-        file = write_settings(settings)
         supervisor = Supervisor(settings.home, show_line)
-        starting = asyncio.create_task(_start(supervisor, settings, file, show))
         try:
-            await asyncio.wait({starting, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                show(banner(settings))
-            await stop.wait()
-            show("stopping")
+            await _start(supervisor, settings, write_settings(settings), show)
+            yield settings
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
             await supervisor.stop()
 
 

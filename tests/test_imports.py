@@ -93,8 +93,8 @@ DOORS: dict[str, list[str]] = {
     "uvicorn": ["server/"],
     "sglang": [],
     "msgspec": ["agent_rl/experience/"],
-    "openai": ["server/demo.py", "server/chat.py"],
-    "matplotlib": ["server/demo.py"],
+    "openai": ["server/demo/", "server/chat.py"],
+    "matplotlib": ["server/demo/report.py"],
     "typer": ["server/cli.py"],
 }
 
