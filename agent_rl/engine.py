@@ -2,25 +2,40 @@
 teachers all speak through it, whether the server is ours or SGLang.
 
     POST /generate            ids in; ids, logprobs and version spans out; streaming; prompt scoring
-    POST /load_lora_adapter, /unload_lora_adapter, /update_weights_from_disk, /weights_checker
+    POST /load_lora_adapter, /unload_lora_adapter, /update_weights_from_disk
     POST /abort_request, /pause_generation, /continue_generation, /flush_cache
     GET  /health, /model_info, /server_info
 
 Ours adds to SGLang's answers, all under `meta_info`: `output_token_kept_mass` (a list of float or null per output
-token) and truthful nulls in `output_token_logprobs` where sampling was greedy, penalised or grammar-forced; to its
-requests: `priority` (0 is a user's request, larger is less urgent) and `/model_info`'s `adapters` {name: checksum}.
+token), truthful nulls in `output_token_logprobs` where sampling was greedy, penalised or grammar-forced, and `kv_mixed`
+in `weight_versions`; to its requests: `priority` (0 is a user's request, larger is less urgent); to `/model_info`:
+`vocab_size` and `adapters` {name: checksum}. Where SGLang does not say these, the client reads the model's
+configuration or draws the careful conclusion.
+
 A release is served by its name: BASE_RELEASE without an adapter, any other as `lora_path` (adapters) or as the
 server's weight version (full weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import json
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import aiohttp
+import orjson
 
 from agent_rl.types import BASE_RELEASE, Finish, Sampling, Span
+
+log = logging.getLogger("agent_rl.engine")
+
+CONNECT_S = 10.0
+UNNAMED_VERSION = "default"  # what SGLang calls the weights that it was started with, unless told otherwise
 
 
 class EngineError(RuntimeError):
@@ -46,7 +61,7 @@ class Chunk:
     ids: tuple[int, ...]  # [C]
     logprobs: tuple[float | None, ...]  # [C]
     kept_mass: tuple[float | None, ...]  # [C] None where nothing was cut or the server does not say
-    finish: Finish | None = None  # on the last chunk
+    finish: Finish | None = None  # on the last chunk; ERROR: the engine failed, what came before is what it sampled
     matched_stop: str | None = None  # the stop string that ended it, if one did
     spans: tuple[Span, ...] = ()  # on the last chunk: of the whole response
 
@@ -60,6 +75,7 @@ class Completion:
     kept_mass: tuple[float | None, ...]  # [R]
     finish: Finish
     spans: tuple[Span, ...]
+    matched_stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +91,22 @@ class Engine:
     """A client. One per process; `close` it. Every method raises EngineUnavailable when nobody answers."""
 
     def __init__(self, url: str, *, admin_key: str | None = None, timeout_s: float = 600.0) -> None:
-        raise NotImplementedError
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
+        self._session: aiohttp.ClientSession | None = None  # made inside the running loop
+        self._vocab_size: int | None = None
+        self._weight_version: str | None = None  # as last heard
+        self._adapters: set[str] = set()  # releases that are served as adapters, as far as known
 
     async def close(self) -> None:
-        raise NotImplementedError
+        if self._session:
+            await self._session.close()
+            self._session = None
 
-    def stream(
+    # ------------------------------------------------------------------------------------------------ sampling
+
+    async def stream(
         self,
         prompt_ids: Sequence[int],
         sampling: Sampling,
@@ -89,12 +115,22 @@ class Engine:
         release: str = BASE_RELEASE,
         stop_ids: Sequence[int] = (),
         priority: int = 0,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Sample an answer token by token. Closing the iterator early aborts the request on the server.
 
         Raises EngineRejected, ReleaseNotLoaded, EngineUnavailable.
         """
-        raise NotImplementedError
+        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority)
+        reader = AnswerReader(body.get("lora_path"), sampling.ratio_free)
+        async with self._call("POST", "/generate", body | {"stream": True}) as response:
+            async for event in _events(response):
+                chunk = reader.read(event)
+                self._heard(event["meta_info"])
+                if chunk.ids or chunk.finish:
+                    yield chunk
+                if chunk.finish:
+                    return
+        raise EngineUnavailable(f"{self.url} closed the stream of {rid} before its end")
 
     async def complete(
         self,
@@ -106,41 +142,277 @@ class Engine:
         stop_ids: Sequence[int] = (),
         priority: int = 1,
     ) -> Completion:
-        """Sample a whole answer."""
-        raise NotImplementedError
+        """Sample a whole answer. Raises as `stream`; an engine that fails in the middle is an EngineError."""
+        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority)
+        answer = await self._json("POST", "/generate", body)
+        self._heard(answer["meta_info"])
+        chunk = AnswerReader(body.get("lora_path"), sampling.ratio_free).read(answer)
+        if chunk.finish is None or chunk.finish is Finish.ERROR:
+            raise EngineError(f"{self.url} gave up: {answer['meta_info']['finish_reason']}")
+        return Completion(chunk.ids, chunk.logprobs, chunk.kept_mass, chunk.finish, chunk.spans, chunk.matched_stop)
 
     async def score(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, release: str = BASE_RELEASE, priority: int = 1
     ) -> tuple[float, ...]:
         """log p(response_ids[i] | prompt_ids, response_ids[:i]) at T = 1, full vocabulary, [R]; the first token too."""
-        raise NotImplementedError
-
-    async def info(self) -> EngineInfo:
-        raise NotImplementedError
-
-    async def healthy(self) -> bool:
-        raise NotImplementedError
+        if not prompt_ids or not response_ids:
+            raise ValueError(f"nothing to score: {len(prompt_ids)} prompt ids, {len(response_ids)} response ids")
+        start = len(prompt_ids) - 1  # one position early: an engine gives no logprob for the first one asked for
+        ids = [*prompt_ids, *response_ids]
+        body = await self._request(ids, release, {"max_new_tokens": 0, "temperature": 1.0}, None, priority)
+        answer = await self._json("POST", "/generate", body | {"logprob_start_len": start})
+        self._heard(answer["meta_info"])
+        scored = answer["meta_info"]["input_token_logprobs"][1:]
+        if [entry[1] for entry in scored] != list(response_ids):
+            raise EngineError(
+                f"asked for logprobs of {len(response_ids)} ids, got {len(scored)} or others: {scored[:3]}"
+            )
+        return tuple(float(entry[0]) for entry in scored)
 
     async def abort(self, rid: str) -> None:
-        raise NotImplementedError
+        await self._json("POST", "/abort_request", {"rid": rid})
+
+    # -------------------------------------------------------------------------------------------------- weights
+
+    async def info(self) -> EngineInfo:
+        model = await self._json("GET", "/model_info")
+        server = await self._json("GET", "/server_info")
+        config = {} if "vocab_size" in model else _model_config(model["model_path"])
+        info = EngineInfo(
+            model_path=model["model_path"],
+            vocab_size=int(model.get("vocab_size") or config["vocab_size"]),
+            max_context=int(server.get("context_length") or config["max_position_embeddings"]),
+            weight_version=_release_name(model["weight_version"]),
+            adapters=dict(model.get("adapters") or {}),
+        )
+        self._vocab_size, self._weight_version = info.vocab_size, info.weight_version
+        return info
+
+    async def healthy(self) -> bool:
+        try:
+            async with self._call("GET", "/health"):
+                return True
+        except EngineError:
+            return False
 
     async def load_adapter(self, release: str, folder: Path) -> None:
-        """Load an adapter under the release's name; loading what is loaded is no error."""
-        raise NotImplementedError
+        """Load an adapter under the release's name; loading what is loaded is no error. Raises EngineRejected."""
+        if release == BASE_RELEASE:
+            raise ValueError(f"{BASE_RELEASE!r} names the model without an adapter; no adapter can have that name")
+        body = {"lora_name": release, "lora_path": str(folder.resolve())}
+        await self._json("POST", "/load_lora_adapter", body)
 
     async def unload_adapter(self, release: str) -> None:
-        """Take new requests away from an adapter; answers that began with it finish on it."""
-        raise NotImplementedError
+        """Take new requests away from an adapter; answers that began with it finish on it. Raises ReleaseNotLoaded."""
+        await self._json("POST", "/unload_lora_adapter", {"lora_name": release})
 
     async def update_weights(self, folder: Path, release: str, *, abort: bool = False) -> None:
-        """Replace the full weights; running answers drain first, or are aborted."""
-        raise NotImplementedError
+        """Replace the full weights; running answers drain first, or are aborted. Raises EngineRejected."""
+        body = {"model_path": str(folder.resolve()), "weight_version": release, "abort_all_requests": abort}
+        await self._json("POST", "/update_weights_from_disk", body)
+        self._weight_version = release
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
-        raise NotImplementedError
+        """Stop sampling. Running answers end (abort), go on later with their KV made anew (retract) or as it is."""
+        await self._json("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
-        raise NotImplementedError
+        await self._json("POST", "/continue_generation", {})
 
     async def flush_cache(self) -> None:
-        raise NotImplementedError
+        async with self._call("POST", "/flush_cache"):
+            pass
+
+    # ---------------------------------------------------------------------------------------------------- HTTP
+
+    async def _request(
+        self, ids: Sequence[int], release: str, sampling: dict[str, Any], rid: str | None, priority: int
+    ) -> dict[str, Any]:
+        """The body of /generate. Raises EngineRejected on ids that no engine can embed: SGLang would die of them."""
+        if self._vocab_size is None:
+            await self.info()
+        assert self._vocab_size is not None
+        outside = [i for i in ids if not 0 <= i < self._vocab_size]
+        if outside or not ids:
+            raise EngineRejected(f"{len(ids)} ids, {outside[:4]} of them outside the vocabulary of {self._vocab_size}")
+        adapter = await self._adapter(release)
+        return {
+            "rid": rid or uuid.uuid4().hex,
+            "input_ids": list(ids),
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "priority": priority,
+            **({"lora_path": adapter} if adapter else {}),
+        }
+
+    async def _adapter(self, release: str) -> str | None:
+        """The adapter that serves a release; None where the server's own weights are that release."""
+        if release in self._adapters:
+            return release
+        if release != self._weight_version:
+            await self.info()
+        if release == self._weight_version:
+            return None
+        if release == BASE_RELEASE:
+            raise ReleaseNotLoaded(f"{self.url} serves the full weights {self._weight_version}, not {BASE_RELEASE}")
+        self._adapters.add(release)
+        return release
+
+    def _heard(self, meta: Mapping[str, Any]) -> None:
+        if "weight_version" in meta:
+            self._weight_version = _release_name(meta["weight_version"])
+
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        async with self._call(method, path, body) as response:
+            return orjson.loads(await response.read())
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One exchange; anything but 200 and any failure of the network becomes an EngineError."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout, headers=self._headers)
+        data = None if body is None else orjson.dumps(body)
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
+                if response.status != 200:
+                    error = _refusal(response.status, await response.text(), body or {})
+                    if isinstance(error, ReleaseNotLoaded):
+                        self._adapters.clear()  # ask again which releases are adapters
+                    raise error
+                yield response
+        except TimeoutError as late:
+            raise EngineUnavailable(f"{self.url}{path}: no answer within {self._timeout.total} s") from late
+        except aiohttp.ClientError as broken:
+            raise EngineUnavailable(f"{self.url}{path}: {broken or type(broken).__name__}") from broken
+
+
+class AnswerReader:
+    """Turns the events of one answer into chunks, whether each event repeats all that came before or only adds."""
+
+    def __init__(self, adapter: str | None, ratio_free: bool) -> None:
+        self.adapter = adapter
+        self.ratio_free = ratio_free
+        self.seen = 0
+
+    def read(self, event: Mapping[str, Any]) -> Chunk:
+        meta = event["meta_info"]
+        all_ids, total = event["output_ids"], int(meta["completion_tokens"])
+        new = total - self.seen
+        if new < 0 or len(all_ids) not in (total, new):
+            raise EngineError(f"an event of {len(all_ids)} ids after {self.seen} makes no answer of {total}")
+        ids = tuple(all_ids[len(all_ids) - new :])
+        entries = meta.get("output_token_logprobs") or []
+        logprobs = _last(new, [entry[0] for entry in entries[len(entries) - new :]], "logprobs")
+        kept = meta.get("output_token_kept_mass")
+        kept_mass = (None,) * new if kept is None else _last(new, kept, "kept masses")
+        self.seen = total
+        reason = meta.get("finish_reason")
+        return Chunk(
+            ids=ids,
+            logprobs=(None,) * new if self.ratio_free else logprobs,
+            kept_mass=kept_mass,
+            finish=_finish(reason) if reason else None,
+            matched_stop=reason["matched"] if reason and isinstance(reason.get("matched"), str) else None,
+            spans=read_spans(meta, self.adapter) if reason else (),
+        )
+
+
+def read_spans(meta: Mapping[str, Any], adapter: str | None) -> tuple[Span, ...]:
+    """Which release sampled which tokens. An adapter's answer is its own throughout, mixed where the base moved."""
+    total = int(meta["completion_tokens"])
+    if total == 0:
+        return ()
+    versions = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": total}]
+    careful = int(meta.get("num_retractions") or 0) == 0  # a server that does not say: mixed unless KV was made anew
+    return tuple(
+        Span(adapter or _release_name(v["version"]), v["start"], v["end"], bool(v.get("kv_mixed", careful and n > 0)))
+        for n, v in enumerate(versions)
+        if v["end"] > v["start"]
+    )
+
+
+def sampling_body(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """`sampling_params` as SGLang names them."""
+    body: dict[str, Any] = {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(stop_ids),
+    }
+    return body if sampling.seed is None else body | {"sampling_seed": sampling.seed}
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each server-sent event, up to [DONE]."""
+    buffer = bytearray()
+    async for data in response.content.iter_any():
+        buffer += data
+        while (end := buffer.find(b"\n\n")) >= 0:
+            line = bytes(buffer[:end]).strip().removeprefix(b"data:").strip()
+            del buffer[: end + 2]
+            if line == b"[DONE]":
+                return
+            if not line or line.startswith(b":"):
+                continue
+            event = orjson.loads(line)
+            if "error" in event:
+                raise EngineError(f"the engine failed: {_message(line.decode())}")
+            yield event
+
+
+def _finish(reason: Mapping[str, Any]) -> Finish:
+    if reason["type"] == "abort" and reason.get("status_code"):
+        log.warning("the engine gave an answer up: %s", reason.get("message"))
+        return Finish.ERROR
+    return {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}[reason["type"]]
+
+
+def _last(count: int, values: Sequence[float | None], what: str) -> tuple[float | None, ...]:
+    if len(values) < count:
+        raise EngineError(f"{len(values)} {what} for {count} new ids")
+    return tuple(values[len(values) - count :])
+
+
+def _refusal(status: int, text: str, body: Mapping[str, Any]) -> EngineError:
+    message = _message(text)
+    if status == 503:
+        return EngineUnavailable(message)
+    adapter = body.get("lora_name") or ("lora_path" in body and body["lora_path"])
+    absent = "lora" in message.lower() and ("never been loaded" in message or "not loaded" in message)
+    if status == 404 or (adapter and absent):
+        return ReleaseNotLoaded(message)
+    return EngineRejected(message) if status in (400, 422) else EngineError(f"HTTP {status}: {message}")
+
+
+def _message(text: str) -> str:
+    """The words of an error in any of SGLang's shapes."""
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return text or "no message"
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("error_message") or error
+    return str(error)
+
+
+def _release_name(weight_version: str) -> str:
+    return BASE_RELEASE if weight_version == UNNAMED_VERSION else weight_version
+
+
+def _model_config(model_path: str) -> dict[str, Any]:
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise EngineError(f"the engine does not say its vocabulary, and {path} cannot be read here to find it out")
+    config: dict[str, Any] = json.loads(path.read_text())
+    config.update(config.get("text_config", {}))
+    return config
