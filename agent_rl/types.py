@@ -238,6 +238,7 @@ class DropReason(StrEnum):
     NOT_FINITE = "not_finite"
     SUPERSEDED = "superseded"  # newer evidence made another revision of the same lesson
     RETRACTED = "retracted"
+    CUT_OFF = "cut_off"  # every branch that used it was cut off, as often as is allowed
 
 
 # --------------------------------------------------------------------------------------------------- training

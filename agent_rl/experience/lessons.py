@@ -1,11 +1,44 @@
-"""From evidence to lessons in SQL: what the judge claims and writes, what the learner claims, uses and drops."""
+"""From evidence to lessons in SQL: what the judge claims and writes, what the learner claims, uses and drops.
+
+evidence ahead of its verdict ──claim_evidence, settle──▶ ready ──claim_lessons──▶ claimed ──lineage.commit──▶ used
+                                                           ▲  └──newer verdict──┐   │ └──drop──▶ dropped
+                                                           └──release_lessons───┼───┘               ▲
+                                                                                └───────────────────┘
+"""
 
 from __future__ import annotations
 
+import hashlib
+import random
+import time
 from collections.abc import Sequence
+from uuid import uuid4
 
-from agent_rl.experience.store import Store
-from agent_rl.types import DropReason, Evidence, Lease, Lesson, Verdict
+from sqlalchemy import ColumnElement, Table, and_, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_rl.experience.evidence import evidence_of, lessons_of, subject_of
+from agent_rl.experience.leases import hold
+from agent_rl.experience.records import insert
+from agent_rl.experience.rows import jsonable
+from agent_rl.experience.store import Store, transcript_of
+from agent_rl.experience.tables import (
+    drops,
+    feedback,
+    lesson_uses,
+    lessons,
+    preferences,
+    releases,
+    tenants,
+    turns,
+    verdicts,
+)
+from agent_rl.types import DropReason, Evidence, Lease, Lesson, Turn, Verdict
+
+REPLAY_POOL = 10_000  # replays are drawn from this many of the newest used lessons
+
+
+# ------------------------------------------------------------------------------------------------- the judge
 
 
 async def claim_evidence(store: Store, n: int, lease_s: float) -> list[Evidence]:
@@ -13,45 +46,282 @@ async def claim_evidence(store: Store, n: int, lease_s: float) -> list[Evidence]
 
     Only turns that can teach: `no_lesson` is NULL and the tenant learns; others are marked judged in passing.
     """
-    raise NotImplementedError
+    now = time.time()
+    ahead = turns.c.evidence_revision > turns.c.judged_revision
+    free = ahead & or_(turns.c.judge_lease_until.is_(None), turns.c.judge_lease_until < now)
+    oldest = select(turns.c.turn_id).where(free).order_by(turns.c.created_at).limit(n)
+    async with store.read() as connection:
+        if (await connection.execute(oldest.limit(1))).first() is None:
+            return []
+    silent = select(tenants.c.tenant_id).where(tenants.c.learn.is_(False))
+    mute = ahead & or_(turns.c.no_lesson.is_not(None), turns.c.tenant_id.in_(silent))
+    async with store.write() as connection:
+        await connection.execute(update(turns).where(mute).values(judged_revision=turns.c.evidence_revision))
+        claimed = list((await connection.execute(oldest.with_for_update(skip_locked=True))).scalars())
+        leased = update(turns).where(turns.c.turn_id.in_(claimed)).values(judge_lease_until=now + lease_s)
+        await connection.execute(leased)
+    return await _evidence(store, claimed)
+
+
+async def _evidence(store: Store, turn_ids: Sequence[str]) -> list[Evidence]:
+    """Evidence of these turns, oldest first; one whose past is not recorded yet waits for the end of its lease."""
+    query = select(turns.c.turn_id, turns.c.evidence_revision).where(turns.c.turn_id.in_(turn_ids))
+    async with store.read() as connection:
+        rows = (await connection.execute(query.order_by(turns.c.created_at))).all()
+        found = [await evidence_of(connection, row.turn_id, row.evidence_revision) for row in rows]
+    return [evidence for evidence in found if evidence is not None]
 
 
 async def settle(
-    store: Store, evidence: Evidence, verdict: Verdict, *, method: str | None, standing: str | None = None
+    store: Store,
+    evidence: Evidence,
+    verdict: Verdict,
+    *,
+    method: str | None,
+    standing: str | None = None,
+    takes_back: str | None = None,
 ) -> str | None:
-    """Write a verdict and, if `method` is given, its lesson; `standing` becomes standing feedback of the subject.
+    """Write a verdict and, if `method` is given, its lesson; `standing` becomes standing feedback of the subject, and
+    its feedback `takes_back` stands no longer (once: an older verdict on the turn that took back has done it).
 
     One transaction; a verdict or lesson that is there already stays as it is. An older revision's lesson that nobody
-    has used is dropped as superseded. Returns the lesson's id.
+    has used is dropped as superseded, an older revision's standing feedback is retracted unless it is said again.
+    Returns the lesson's id.
     """
-    raise NotImplementedError
+    turn, now = evidence.transcript.turn, time.time()
+    if (verdict.turn_id, verdict.revision) != (turn.turn_id, evidence.revision):
+        raise ValueError(
+            f"the verdict is on turn {verdict.turn_id} revision {verdict.revision}, the evidence on turn "
+            f"{turn.turn_id} revision {evidence.revision}; they must be the same"
+        )
+    lesson_id = _lesson_id(turn.turn_id, evidence.revision, method) if method else None
+    async with store.write() as connection:
+        judged = select(turns.c.judged_revision).where(turns.c.turn_id == turn.turn_id).with_for_update()
+        newest = ((await connection.execute(judged)).scalar_one_or_none() or 0) <= evidence.revision
+        if takes_back:
+            await _take_back(connection, turn, verdict, takes_back, now)
+        await _insert_verdict(connection, verdict, now)
+        if newest:
+            done = update(turns).where(turns.c.turn_id == turn.turn_id)
+            await connection.execute(done.values(judged_revision=evidence.revision, judge_lease_until=None))
+            await _set_standing(connection, turn, standing, now)
+        if lesson_id:
+            row = {
+                "lesson_id": lesson_id,
+                "policy_id": turn.policy_id,
+                "target_id": turn.turn_id,
+                "revision": evidence.revision,
+                "method": method,
+                "state": "ready",
+                "created_at": now,
+            }
+            await connection.execute(insert(connection, lessons).on_conflict_do_nothing(), row)
+        await drop_superseded(connection, lessons.c.target_id == turn.turn_id)
+    return lesson_id
+
+
+def _lesson_id(target_id: str, revision: int, method: str) -> str:
+    """The same lesson has the same id, whoever settles it and however often."""
+    return hashlib.sha256(f"{target_id}\0{revision}\0{method}".encode()).hexdigest()[:32]
+
+
+async def _insert_verdict(connection: AsyncConnection, verdict: Verdict, now: float) -> None:
+    row = {
+        "turn_id": verdict.turn_id,
+        "revision": verdict.revision,
+        "source": verdict.source,
+        "score": verdict.score,
+        "hint": verdict.hint,
+        "related": verdict.related,
+        "reason": verdict.reason,
+        "created_at": now,
+    }
+    await connection.execute(insert(connection, verdicts).on_conflict_do_nothing(), row)
+
+
+async def _set_standing(connection: AsyncConnection, turn: Turn, standing: str | None, now: float) -> None:
+    """What this turn makes standing is `standing` and nothing else."""
+    mine = (preferences.c.turn_id == turn.turn_id) & preferences.c.retracted_at.is_(None)
+    other = mine if standing is None else mine & (preferences.c.text != standing)
+    await connection.execute(update(preferences).where(other).values(retracted_at=now))
+    if standing is None:
+        return
+    row = {
+        "preference_id": uuid4().hex,
+        "tenant_id": turn.tenant_id,
+        "policy_id": turn.policy_id,
+        "subject": subject_of(turn),
+        "turn_id": turn.turn_id,
+        "text": standing,
+        "created_at": now,
+    }
+    again = insert(connection, preferences).on_conflict_do_update(
+        index_elements=["policy_id", "subject", "text"], set_={"turn_id": turn.turn_id, "retracted_at": None}
+    )
+    await connection.execute(again, row)
+
+
+async def _take_back(connection: AsyncConnection, turn: Turn, verdict: Verdict, text: str, now: float) -> None:
+    """Retract a standing feedback of the turn's subject, unless a verdict on the same grounds did so before."""
+    same = (verdicts.c.turn_id == turn.turn_id) & (verdicts.c.reason == verdict.reason)
+    if (await connection.execute(select(verdicts.c.revision).where(same).limit(1))).first() is not None:
+        return
+    mine = (preferences.c.policy_id == turn.policy_id) & (preferences.c.subject == subject_of(turn))
+    standing = mine & (preferences.c.text == text) & preferences.c.retracted_at.is_(None)
+    await connection.execute(update(preferences).where(standing).values(retracted_at=now))
 
 
 async def retract_standing(store: Store, preference_id: str) -> None:
-    raise NotImplementedError
+    """Take back a standing feedback. Raises LookupError if there is none of this id."""
+    where = preferences.c.preference_id == preference_id
+    when = func.coalesce(preferences.c.retracted_at, time.time())
+    async with store.write() as connection:
+        result = await connection.execute(update(preferences).where(where).values(retracted_at=when))
+        if result.rowcount == 0:
+            raise LookupError(f"there is no standing feedback {preference_id!r}")
+
+
+# ----------------------------------------------------------------------------------------------- the learner
 
 
 async def claim_lessons(store: Store, lease: Lease, n: int, *, min_age_s: float = 0.0) -> list[Lesson]:
     """Up to n ready lessons of the lease's policy, oldest first, marked claimed by its epoch; lessons claimed by an
-    older epoch are ready again. Returns [] while fewer than n are ready and the oldest is younger than `min_age_s`."""
-    raise NotImplementedError
+    older epoch are ready again. Returns [] while fewer than n are ready and the oldest is younger than `min_age_s`.
+    A lesson whose turn was deleted is dropped. Raises LeaseLost."""
+    mine = lessons.c.policy_id == lease.policy_id
+    orphaned = mine & (lessons.c.state == "claimed") & (lessons.c.claim_epoch < lease.epoch)
+    ready = or_(mine & (lessons.c.state == "ready"), orphaned)
+    oldest = select(lessons.c.lesson_id, lessons.c.created_at).where(ready)
+    oldest = oldest.order_by(lessons.c.created_at, lessons.c.lesson_id).limit(n)
+    async with store.read() as connection:
+        waiting = (await connection.execute(oldest)).all()
+        if not waiting or (len(waiting) < n and waiting[0].created_at > time.time() - min_age_s):
+            return []
+    async with store.write() as connection:
+        await hold(connection, lease)
+        await make_ready(connection, orphaned)
+        claimed = list((await connection.execute(oldest)).scalars())
+        taken = update(lessons).where(lessons.c.lesson_id.in_(claimed))
+        await connection.execute(taken.values(state="claimed", claim_epoch=lease.epoch))
+    async with store.read() as connection:
+        found = await lessons_of(connection, claimed)
+    for lesson_id, lesson in zip(claimed, found, strict=True):
+        if lesson is None:
+            await drop(store, lease, lesson_id, DropReason.RETRACTED, "its turn is not there any more")
+    return [lesson for lesson in found if lesson is not None]
 
 
 async def claim_replays(store: Store, lease: Lease, n: int, seed: int) -> list[Lesson]:
-    """Up to n lessons that the serving lineage has used, drawn at random by `seed`."""
-    raise NotImplementedError
+    """Up to n lessons that the serving lineage has used, drawn at random by `seed` from the newest ten thousand."""
+    standing_use = (lesson_uses.c.lesson_id == lessons.c.lesson_id) & lesson_uses.c.returned_at.is_(None)
+    used = select(lessons.c.lesson_id).where(
+        lessons.c.policy_id == lease.policy_id,
+        lessons.c.state == "used",
+        select(lesson_uses).where(standing_use).exists(),
+    )
+    newest = used.order_by(lessons.c.created_at.desc(), lessons.c.lesson_id).limit(REPLAY_POOL)
+    async with store.read() as connection:
+        pool = sorted((await connection.execute(newest)).scalars())
+        drawn = random.Random(seed).sample(pool, min(n, len(pool)))
+        found = await lessons_of(connection, drawn)
+    return [lesson for lesson in found if lesson is not None]
 
 
 async def drop(store: Store, lease: Lease, lesson_id: str, reason: DropReason, detail: str = "") -> None:
-    """Say, once and for good, why a lesson is not trained on. Raises LeaseLost under an older epoch."""
-    raise NotImplementedError
+    """Say, once and for good, why a lesson is not trained on. A lesson that is dropped already stays as it is.
+
+    Raises LeaseLost under an older epoch, LookupError for a lesson that the lease's policy has not, or has used.
+    """
+    this = (lessons.c.lesson_id == lesson_id) & (lessons.c.policy_id == lease.policy_id)
+    async with store.write() as connection:
+        await hold(connection, lease)
+        if await drop_where(connection, this & lessons.c.state.in_(["ready", "claimed"]), reason, detail):
+            return
+        state = (await connection.execute(select(lessons.c.state).where(this))).scalar_one_or_none()
+        if state != "dropped":
+            raise LookupError(
+                f"lesson {lesson_id} of policy {lease.policy_id} is {state or 'not there'}: it cannot be dropped"
+            )
 
 
 async def release_lessons(store: Store, lease: Lease, lesson_ids: Sequence[str]) -> None:
-    """Give claimed lessons back unused."""
-    raise NotImplementedError
+    """Give claimed lessons back unused. No error if the lease is lost: whoever has it now takes them over."""
+    claimed = and_(lessons.c.state == "claimed", lessons.c.claim_epoch == lease.epoch)
+    mine = and_(lessons.c.lesson_id.in_(list(lesson_ids)), lessons.c.policy_id == lease.policy_id, claimed)
+    async with store.write() as connection:
+        await make_ready(connection, mine)
+
+
+# ------------------------------------------------------------------------------------------- inside a transaction
+
+
+async def make_ready(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
+    """These lessons may be claimed again, except where a newer verdict made them void meanwhile."""
+    back = update(lessons).where(which).values(state="ready", claim_epoch=None).returning(lessons.c.lesson_id)
+    if ids := list((await connection.execute(back)).scalars()):
+        await drop_superseded(connection, lessons.c.lesson_id.in_(ids))
+
+
+async def drop_superseded(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
+    newer = select(verdicts.c.turn_id).where(
+        verdicts.c.turn_id == lessons.c.target_id, verdicts.c.revision > lessons.c.revision
+    )
+    void = and_(which, lessons.c.state == "ready", newer.exists())
+    await drop_where(connection, void, DropReason.SUPERSEDED, "newer evidence was judged")
+
+
+async def drop_where(
+    connection: AsyncConnection, which: ColumnElement[bool], reason: DropReason, detail: str = ""
+) -> int:
+    """How many lessons were dropped, each with a row that says why."""
+    dropping = update(lessons).where(which).values(state="dropped", claim_epoch=None)
+    dropped = (await connection.execute(dropping.returning(lessons.c.lesson_id, lessons.c.policy_id))).all()
+    rows = [
+        {
+            "drop_id": uuid4().hex,
+            "lesson_id": row.lesson_id,
+            "policy_id": row.policy_id,
+            "reason": reason.value,
+            "detail": detail,
+            "created_at": time.time(),
+        }
+        for row in dropped
+    ]
+    if rows:
+        await connection.execute(drops.insert(), rows)
+    return len(rows)
 
 
 async def explain(store: Store, turn_id: str) -> dict[str, object] | None:
-    """What is known of a turn: its record, rule, follow-ups, verdicts, lessons, uses, drops and releases."""
-    raise NotImplementedError
+    """What is known of a turn: its record, rule, follow-ups, verdicts, lessons, uses, drops and releases, as JSON.
+
+    None if the turn or a part of its past is not there. `releases` are those of the checkpoints that used its lessons.
+    """
+    async with store.read() as connection:
+        transcript = await transcript_of(connection, turn_id)
+        if transcript is None:
+            return None
+
+        async def rows(table: Table, where: ColumnElement[bool]) -> list[dict[str, object]]:
+            query = select(table).where(where).order_by(table.c.created_at)
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+        its_lessons = await rows(lessons, lessons.c.target_id == turn_id)
+        ids = [row["lesson_id"] for row in its_lessons]
+        uses = await rows(lesson_uses, lesson_uses.c.lesson_id.in_(ids))
+        trained = [row["checkpoint_id"] for row in uses]
+        query = select(turns.c.turn_id, turns.c.created_at, turns.c.no_lesson).where(turns.c.parent_id == turn_id)
+        children = (await connection.execute(query.order_by(turns.c.created_at))).mappings()
+        return {
+            "turn": jsonable(transcript.turn),
+            "messages": jsonable(transcript.messages),
+            "session_rule": transcript.turn.session_rule,
+            "followed_by": [dict(row) for row in children],
+            "feedback": await rows(feedback, feedback.c.turn_id == turn_id),
+            "standing": await rows(preferences, preferences.c.turn_id == turn_id),
+            "verdicts": await rows(verdicts, verdicts.c.turn_id == turn_id),
+            "lessons": its_lessons,
+            "uses": uses,
+            "drops": await rows(drops, drops.c.lesson_id.in_(ids)),
+            "releases": await rows(releases, releases.c.checkpoint_id.in_(trained)),
+        }

@@ -63,7 +63,7 @@ api_keys = Table(
     Column("api_key_id", Id, primary_key=True),
     _id("tenant_id"),
     Column("key_hash", String(64), nullable=False, unique=True),  # sha256 hex; the key itself is shown once
-    Column("label", String(200), nullable=False, server_default=""),
+    Column("label", String(200), nullable=False, server_default=text("''")),
     Column("scopes", json_type, nullable=False),  # agent, feedback, admin
     _time("created_at"),
     _time("revoked_at", nullable=True),
@@ -179,6 +179,18 @@ arrivals = Table(  # records above the watermark that are in SQL already; pruned
     Column("seq", Integer, primary_key=True),
 )
 
+dead_letters = (
+    Table(  # records that SQL refused or that could not be read: kept, passed by the watermark, repaired by hand
+        "dead_letters",
+        metadata,
+        Column("journal_id", Id, primary_key=True),
+        Column("seq", Integer, primary_key=True),
+        Column("payload", LargeBinary, nullable=False),
+        Column("error", Text, nullable=False),
+        _time("created_at"),
+    )
+)
+
 tombstones = Table(
     "tombstones",
     metadata,
@@ -263,7 +275,7 @@ drops = Table(
     _id("lesson_id"),
     _id("policy_id"),
     Column("reason", String(64), nullable=False),
-    Column("detail", Text, nullable=False, server_default=""),
+    Column("detail", Text, nullable=False, server_default=text("''")),
     _time("created_at"),
     Index("ix_drops_lesson", "lesson_id"),
 )
@@ -347,7 +359,7 @@ audit = Table(  # who changed what is served, when and why
     Column("actor", String(200), nullable=False),
     Column("action", String(64), nullable=False),
     Column("target", String(256), nullable=False),
-    Column("detail", Text, nullable=False, server_default=""),
+    Column("detail", Text, nullable=False, server_default=text("''")),
 )
 
 episodes = Table(

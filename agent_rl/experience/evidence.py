@@ -1,0 +1,86 @@
+"""What SQL knows of a turn and of what followed it, put together for the judge and the learner. Reads only."""
+
+from __future__ import annotations
+
+from sqlalchemy import RowMapping, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_rl.experience.records import follows
+from agent_rl.experience.rows import feedback_of, turn_of
+from agent_rl.experience.store import transcript_of
+from agent_rl.experience.tables import feedback, lessons, preferences, turns, verdicts
+from agent_rl.types import Evidence, Feedback, Lesson, Message, Transcript, Turn, Verdict
+
+
+def subject_of(turn: Turn) -> str:
+    """Whose preferences a turn's feedback is: the end user's, else the key's."""
+    return turn.subject or turn.api_key_id or ""
+
+
+async def evidence_of(connection: AsyncConnection, turn_id: str, revision: int) -> Evidence | None:
+    """None if the turn or a part of its past is not there."""
+    transcript = await transcript_of(connection, turn_id)
+    if transcript is None:
+        return None
+    followed_by = await _followed_by(connection, transcript)
+    said = await _feedback(connection, turn_id)
+    standing = await _standing(connection, transcript.turn)
+    return Evidence(transcript, revision, followed_by, said, standing)
+
+
+async def lesson_of(connection: AsyncConnection, row: RowMapping) -> Lesson | None:
+    """A row of `lessons` with the evidence as it is now; None if its turn is not there any more."""
+    evidence = await evidence_of(connection, row["target_id"], row["revision"])
+    key = (verdicts.c.turn_id == row["target_id"]) & (verdicts.c.revision == row["revision"])
+    verdict = (await connection.execute(select(verdicts).where(key))).mappings().one_or_none()
+    if evidence is None or verdict is None:
+        return None
+    return Lesson(
+        lesson_id=row["lesson_id"],
+        policy_id=row["policy_id"],
+        turn_id=row["target_id"],
+        revision=row["revision"],
+        method=row["method"],
+        verdict=verdict_of(verdict),
+        evidence=evidence,
+        attempts=row["attempts"],
+    )
+
+
+async def lessons_of(connection: AsyncConnection, lesson_ids: list[str]) -> list[Lesson | None]:
+    """In the order of the ids."""
+    query = select(lessons).where(lessons.c.lesson_id.in_(lesson_ids))
+    rows = {row["lesson_id"]: row for row in (await connection.execute(query)).mappings()}
+    return [await lesson_of(connection, rows[lesson_id]) for lesson_id in lesson_ids]
+
+
+def verdict_of(row: RowMapping) -> Verdict:
+    names = ("turn_id", "revision", "source", "score", "hint", "related", "reason")
+    return Verdict(**{name: row[name] for name in names})
+
+
+async def _followed_by(connection: AsyncConnection, transcript: Transcript) -> tuple[Message, ...]:
+    """What the earliest child says beyond the turn and its answer; a child that only asks again says nothing."""
+    said = len(transcript.messages) + 1
+    query = select(turns).where(turns.c.parent_id == transcript.turn.turn_id, follows())
+    for row in (await connection.execute(query.order_by(turns.c.created_at, turns.c.turn_id))).mappings():
+        child = turn_of(row)
+        if added := child.messages[max(0, said - child.shared_messages) :]:
+            return added
+    return ()
+
+
+async def _feedback(connection: AsyncConnection, turn_id: str) -> tuple[Feedback, ...]:
+    """Everything said of the turn and not taken back, oldest first."""
+    query = select(feedback).where(feedback.c.turn_id == turn_id, feedback.c.retracted.is_(False))
+    rows = await connection.execute(query.order_by(feedback.c.created_at, feedback.c.feedback_id))
+    return tuple(feedback_of(row) for row in rows.mappings())
+
+
+async def _standing(connection: AsyncConnection, turn: Turn) -> tuple[str, ...]:
+    query = select(preferences.c.text).where(
+        preferences.c.policy_id == turn.policy_id,
+        preferences.c.subject == subject_of(turn),
+        preferences.c.retracted_at.is_(None),
+    )
+    return tuple((await connection.execute(query.order_by(preferences.c.created_at, preferences.c.text))).scalars())

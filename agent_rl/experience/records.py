@@ -1,0 +1,210 @@
+"""What one batch of arrivals does to SQL, inside the recorder's transaction.
+
+Order does not matter: a child may come before its parent, feedback before its turn, and anything twice. A turn's
+evidence revision is the number of its children that are no side requests plus the number of its feedback upserts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import ColumnElement, FromClause, case, delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.dialects.sqlite.dml import Insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.schema import Table
+
+from agent_rl.experience.rows import feedback_row, turn_row
+from agent_rl.experience.tables import arrivals, dead_letters, feedback, journals, sessions, tombstones, turns
+from agent_rl.types import Arrival, Feedback, Turn
+
+
+def insert(connection: AsyncConnection, table: Table) -> Insert:
+    """INSERT that knows ON CONFLICT, which both databases have under two names."""
+    if connection.dialect.name == "postgresql":
+        return postgresql_insert(table)  # type: ignore[return-value]  # same methods, no common base
+    return sqlite_insert(table)
+
+
+def follows(child: FromClause = turns) -> ColumnElement[bool]:
+    """Turns that count as what followed their parent: not a title, a summary or a warm-up."""
+    return or_(child.c.no_lesson.is_(None), child.c.no_lesson != "side")
+
+
+async def write_arrivals(connection: AsyncConnection, batch: Sequence[Arrival]) -> dict[str, int]:
+    """Everything that `batch` says and SQL does not have yet. Returns journal id → new watermark."""
+    fresh = await _not_seen(connection, batch)
+    alive = await _not_deleted(connection, [arrival.body for arrival in fresh])
+    said = [await _upsert_feedback(connection, body) for body in alive if isinstance(body, Feedback)]
+    new = await _insert_turns(connection, [body for body in alive if isinstance(body, Turn)])
+    await _upsert_sessions(connection, new)
+    await _place_session_feedback(connection, {body.session_id for body in [*new, *said] if body and body.session_id})
+    await _raise_evidence(connection, new, [body for body in said if body])
+    return await pass_seqs(connection, [(arrival.journal_id, arrival.seq) for arrival in batch])
+
+
+async def bury(connection: AsyncConnection, journal_id: str, seq: int, payload: bytes, error: str) -> dict[str, int]:
+    """Keep a record that cannot be written as a turn or feedback, and let the watermark pass it."""
+    row = {"journal_id": journal_id, "seq": seq, "payload": payload, "error": error, "created_at": time.time()}
+    await connection.execute(insert(connection, dead_letters).on_conflict_do_nothing(), row)
+    return await pass_seqs(connection, [(journal_id, seq)])
+
+
+async def pass_seqs(connection: AsyncConnection, seqs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Note that these records are in SQL; each watermark rises to the last record before the first gap."""
+    by_journal: dict[str, set[int]] = defaultdict(set)
+    for journal_id, seq in seqs:
+        by_journal[journal_id].add(seq)
+    marks = {}
+    for journal_id, arrived in sorted(by_journal.items()):
+        before = mark = await _watermark(connection, journal_id)
+        beyond = set(await _beyond(connection, journal_id))
+        while mark + 1 in arrived or mark + 1 in beyond:
+            mark += 1
+        if mark > before:
+            where = journals.c.journal_id == journal_id
+            await connection.execute(update(journals).where(where).values(watermark=mark))
+            gone = (arrivals.c.journal_id == journal_id) & (arrivals.c.seq <= mark)
+            await connection.execute(delete(arrivals).where(gone))
+        if waiting := [{"journal_id": journal_id, "seq": s} for s in sorted(arrived - beyond) if s > mark]:
+            await connection.execute(insert(connection, arrivals).on_conflict_do_nothing(), waiting)
+        marks[journal_id] = mark
+    return marks
+
+
+async def _watermark(connection: AsyncConnection, journal_id: str) -> int:
+    """The journal's watermark, its row locked: two recorders must not both move it."""
+    row = {"journal_id": journal_id, "watermark": 0}
+    await connection.execute(insert(connection, journals).on_conflict_do_nothing(), row)
+    query = select(journals.c.watermark).where(journals.c.journal_id == journal_id).with_for_update()
+    return int((await connection.execute(query)).scalar_one())
+
+
+async def _beyond(connection: AsyncConnection, journal_id: str) -> Sequence[int]:
+    query = select(arrivals.c.seq).where(arrivals.c.journal_id == journal_id)
+    return (await connection.execute(query)).scalars().all()
+
+
+async def _not_seen(connection: AsyncConnection, batch: Sequence[Arrival]) -> list[Arrival]:
+    """Arrivals that are not in SQL yet, each once, in the order of their journals."""
+    unseen: dict[tuple[str, int], Arrival] = {}
+    for journal_id in sorted({arrival.journal_id for arrival in batch}):
+        mark = await _watermark(connection, journal_id)
+        beyond = set(await _beyond(connection, journal_id))
+        mine = [a for a in batch if a.journal_id == journal_id and a.seq > mark and a.seq not in beyond]
+        unseen.update({(a.journal_id, a.seq): a for a in sorted(mine, key=lambda a: a.seq)})
+    return list(unseen.values())
+
+
+def _targets(body: Turn | Feedback) -> set[tuple[str, str]]:
+    """What a tombstone that covers this record is called: (kind, target_id)."""
+    targets = {("tenant", body.tenant_id)}
+    if body.session_id:
+        targets.add(("session", body.session_id))
+    if body.turn_id:
+        targets.add(("turn", body.turn_id))
+    if isinstance(body, Turn) and body.subject:
+        targets.add(("subject", f"{body.tenant_id}:{body.subject}"))
+    return targets
+
+
+async def _not_deleted(connection: AsyncConnection, bodies: Sequence[Turn | Feedback]) -> list[Turn | Feedback]:
+    """The records of which nothing was deleted."""
+    names = sorted({target_id for body in bodies for _, target_id in _targets(body)})
+    query = select(tombstones.c.kind, tombstones.c.target_id).where(tombstones.c.target_id.in_(names))
+    deleted = {(kind, target_id) for kind, target_id in await connection.execute(query)}
+    return [body for body in bodies if not deleted & _targets(body)]
+
+
+async def _insert_turns(connection: AsyncConnection, batch: Sequence[Turn]) -> list[Turn]:
+    """Those of the batch that were not there."""
+    if not batch:
+        return []
+    statement = insert(connection, turns).on_conflict_do_nothing().returning(turns.c.turn_id)
+    result = await connection.execute(statement, [turn_row(turn) for turn in batch])
+    inserted = set(result.scalars())
+    return [turn for turn in batch if turn.turn_id in inserted]
+
+
+async def _upsert_feedback(connection: AsyncConnection, said: Feedback) -> Feedback | None:
+    """None if something newer of this id is there already. An upsert never moves to another turn."""
+    statement = insert(connection, feedback)
+    kept = {"feedback_id", "tenant_id", "turn_id", "session_id"}
+    changed = {column.name: statement.excluded[column.name] for column in feedback.c if column.name not in kept}
+    newer = statement.excluded.created_at >= feedback.c.created_at
+    upsert = statement.on_conflict_do_update(index_elements=["feedback_id", "tenant_id"], set_=changed, where=newer)
+    kept_ids = upsert.returning(feedback.c.turn_id, feedback.c.session_id)
+    row = (await connection.execute(kept_ids, feedback_row(said))).one_or_none()
+    if row is None:
+        return None
+    return Feedback(said.feedback_id, said.tenant_id, said.created_at, turn_id=row.turn_id, session_id=row.session_id)
+
+
+async def _upsert_sessions(connection: AsyncConnection, new: Sequence[Turn]) -> None:
+    rows: dict[str, dict[str, object]] = {}
+    for turn in sorted(new, key=lambda turn: turn.created_at):
+        row = rows.setdefault(
+            turn.session_id,
+            {
+                "session_id": turn.session_id,
+                "tenant_id": turn.tenant_id,
+                "api_key_id": turn.api_key_id,
+                "subject": turn.subject,
+                "created_at": turn.created_at,
+            },
+        )
+        row["last_turn_at"] = turn.created_at
+    if not rows:
+        return
+    statement = insert(connection, sessions)
+    there, coming = sessions.c, statement.excluded
+    first = case((coming.created_at < there.created_at, coming.created_at), else_=there.created_at)
+    last = case((coming.last_turn_at > there.last_turn_at, coming.last_turn_at), else_=there.last_turn_at)
+    statement = statement.on_conflict_do_update(
+        index_elements=["session_id"], set_={"created_at": first, "last_turn_at": last}
+    )
+    await connection.execute(statement, [rows[session_id] for session_id in sorted(rows)])
+
+
+async def _place_session_feedback(connection: AsyncConnection, session_ids: set[str]) -> None:
+    """Feedback on a session is feedback on the turn that was its last when it was given."""
+    last = (
+        select(turns.c.turn_id)
+        .where(turns.c.session_id == feedback.c.session_id, turns.c.created_at <= feedback.c.created_at, follows())
+        .order_by(turns.c.created_at.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    unplaced = feedback.c.turn_id.is_(None) & feedback.c.session_id.in_(sorted(session_ids))
+    if session_ids:
+        await connection.execute(update(feedback).where(unplaced).values(turn_id=last))
+
+
+async def _raise_evidence(connection: AsyncConnection, new: Sequence[Turn], said: Sequence[Feedback]) -> None:
+    """Count everything for the turns of this batch; for turns from before, add what this batch brings."""
+    ids = {turn.turn_id for turn in new}
+    child = turns.alias("child")
+    children = select(func.count()).where(child.c.parent_id == turns.c.turn_id, follows(child)).scalar_subquery()
+    spoken = select(func.count()).where(feedback.c.turn_id == turns.c.turn_id).scalar_subquery()
+    if ids:
+        everything = update(turns).where(turns.c.turn_id.in_(sorted(ids)))
+        await connection.execute(everything.values(evidence_revision=children + spoken))
+    more = Counter(turn.parent_id for turn in new if turn.parent_id and turn.no_lesson != "side")
+    more.update(await _turns_of(connection, said))
+    for turn_id, n in sorted(more.items()):
+        if turn_id not in ids:
+            raised = update(turns).where(turns.c.turn_id == turn_id)
+            await connection.execute(raised.values(evidence_revision=turns.c.evidence_revision + n))
+
+
+async def _turns_of(connection: AsyncConnection, said: Sequence[Feedback]) -> list[str]:
+    """The turn of each feedback that has one, sessions' feedback placed by now."""
+    found = []
+    for one in said:
+        key = (feedback.c.feedback_id == one.feedback_id) & (feedback.c.tenant_id == one.tenant_id)
+        turn_id = (await connection.execute(select(feedback.c.turn_id).where(key))).scalar_one()
+        found += [turn_id] if turn_id else []
+    return found
