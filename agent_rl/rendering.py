@@ -1,16 +1,30 @@
-"""Messages to token ids and back: the one door to chat templates and the `renderers` library.
+"""Messages to token ids and back: the one door to chat templates.
 
 A conversation that continues a turn of ours is never rendered again: `bridge` extends the ids that were sampled. The
 bridge of a template is proven when the renderer is made, by probing; where none can be proven, `bridge` says so and
 the turn becomes a fork with that reason.
+
+Special tokens come from the template alone. Where a message spells one out (`<|im_end|>`), it stays plain text: a
+guard character keeps the spelling apart while the template runs, then markup and text are encoded piece by piece.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
 
 from agent_rl.types import Json, Message
+
+Ids = tuple[int, ...]
+UNFINISHED = 3  # tokens that can be the beginning of one character: UTF-8 has four bytes at most
+CONTEXT = 4  # tokens before, for tokenizers that write a first word otherwise than a later one
+ANSWER = "0d5c2e61"  # stands for an answer while the template shows what it puts behind one
 
 
 class RenderError(ValueError):
@@ -20,54 +34,245 @@ class RenderError(ValueError):
 class Renderer:
     """The chat format of one model. Thread-safe, made once."""
 
-    stop_ids: tuple[int, ...]  # ids that end an answer, e.g. <|im_end|>
+    stop_ids: Ids  # ids that end an answer, e.g. <|im_end|>
     bridge_proven: bool
-    bridge_refusal: str | None  # why not, as a fork reason
+    bridge_refusal: str | None  # why not, in words
 
     def __init__(self, folder: Path) -> None:
-        raise NotImplementedError
+        """Raises RenderError where the folder has no tokenizer.json or no usable chat template."""
+        if not (folder / "tokenizer.json").is_file():
+            raise RenderError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+        template: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if not template.chat_template:
+            raise RenderError(f"the tokenizer in {folder} has no chat template, so no conversation can be rendered")
+        self._template = template
+        self._tokenizer = template.backend_tokenizer
+        self._specials = {t.content: i for i, t in template.added_tokens_decoder.items() if t.special}
+        longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
+        self._markup = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        wholes = [self.encode(text) for text in map(self._text, PROBES)]  # special tokens are taken for such, still
+        self._tokenizer.encode_special_tokens = True  # from here on the tokenizer takes text for text
+        if wholes != [self._pieces(text) for text in map(self._text, PROBES)]:
+            raise RenderError(
+                f"the tokenizer in {folder} encodes text differently beside special tokens: not supported"
+            )
+        self._closing, end = self._find_closing()
+        self.stop_ids = _stop_ids(folder, template.eos_token_id, end)
+        self.bridge_refusal = self._why_unproven(end)
+        self.bridge_proven = self.bridge_refusal is None
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[int, ...]:
+    def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Ids:
         """Prompt ids up to and including the opening of the assistant's answer. Raises RenderError."""
-        raise NotImplementedError
+        return self._pieces(self._text(messages, tools))
 
     def bridge(
         self, past_ids: Sequence[int], new_messages: Sequence[Message], tools: Sequence[Json] = ()
-    ) -> tuple[int, ...] | None:
+    ) -> Ids | None:
         """The ids to append to `past_ids` (a prompt and the response sampled from it, finished or truncated) so that
         the conversation goes on with `new_messages` and the opening of the next answer; None if it cannot be proven.
         """
-        raise NotImplementedError
+        return self._extend(past_ids, new_messages, tools) if self.bridge_proven else None
 
     def answer(self, response_ids: Sequence[int]) -> Message:
         """The assistant message in a whole response, its end marker left out."""
-        raise NotImplementedError
+        parser = self.parser()
+        return Message("assistant", parser.push(response_ids) + parser.finish())
 
     def parser(self, stop: Sequence[str] = ()) -> AnswerParser:
         """An incremental parser for one answer."""
-        raise NotImplementedError
+        return AnswerParser(self._tokenizer, self.stop_ids, stop)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str) -> Ids:
         """Plain text to ids, no markup, no special tokens: for perplexity and scoring, never for training data."""
-        raise NotImplementedError
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        raise NotImplementedError
+        """All of it, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    # ------------------------------------------------------------------------------------------- text and pieces
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[Json] = (), *, opening: bool = True) -> str:
+        """What the template writes; special tokens that messages spell out carry a guard behind their first letter."""
+        chat: Any = [_template_message(m) for m in messages]
+        if self._spelled_out(chat):
+            chat = self._guarded(chat)
+        try:
+            text = self._template.apply_chat_template(
+                chat, tools=list(tools) or None, tokenize=False, add_generation_prompt=opening
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(m.role for m in messages)
+            raise RenderError(f"the model's chat template refuses messages with the roles {roles}: {error}") from error
+        return str(text)
+
+    def _pieces(self, text: str) -> Ids:
+        ids: list[int] = []
+        for at, piece in enumerate(self._markup.split(text)):
+            if at % 2:
+                ids.append(self._specials[piece])
+            elif piece:
+                ids.extend(self._tokenizer.encode(piece.replace(GUARD, ""), add_special_tokens=False).ids)
+        return tuple(ids)
+
+    def _spelled_out(self, value: object) -> bool:
+        if isinstance(value, str):
+            return GUARD in value or self._markup.search(value) is not None
+        if isinstance(value, dict):
+            return any(map(self._spelled_out, value.values()))
+        return isinstance(value, list) and any(map(self._spelled_out, value))
+
+    def _guarded(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._markup.sub(lambda m: m[0][0] + GUARD + m[0][1:], value.replace(GUARD, "\ufffd"))
+        if isinstance(value, dict):
+            return {name: self._guarded(item) for name, item in value.items()}
+        return [self._guarded(item) for item in value] if isinstance(value, list) else value
+
+    # --------------------------------------------------------------------------------------------------- bridging
+
+    def _find_closing(self) -> tuple[str, int | None]:
+        """What the template writes behind an answer, and the special token that this begins with, if it does."""
+        text = self._text([Message("user", "Hi"), Message("assistant", ANSWER)], opening=False)
+        closing = text.rpartition(ANSWER)[2]
+        first = self._markup.match(closing)
+        return closing, self._specials[first[0]] if first else None
+
+    def _extend(self, past_ids: Sequence[int], new: Sequence[Message], tools: Sequence[Json] = ()) -> Ids | None:
+        """Template(past + new) minus template(past), behind the closing of the last answer as far as it is missing."""
+        past = [Message("user", "Hi"), Message("assistant", ANSWER)]
+        before, after = self._text(past, tools, opening=False), self._text([*past, *new], tools)
+        if not after.startswith(before):
+            return None
+        closing = self._pieces(self._closing + after[len(before) :])
+        if past_ids[-1] == closing[0]:
+            return closing[1:]
+        return None if past_ids[-1] in self.stop_ids else closing
+
+    def _why_unproven(self, end: int | None) -> str | None:
+        """Bridges the probes in every way that an answer may end, and compares with rendering everything."""
+        if end is None:
+            return f"the chat template puts no special token behind an answer but {self._closing!r}"
+        for probe in PROBES:
+            for at in (i for i, m in enumerate(probe) if m.role == "assistant" and i + 1 < len(probe)):
+                prompt, said = self._pieces(self._text(probe[:at])), self.encode(probe[at].content)
+                everything = self._pieces(self._text(probe))
+                for past in ((*prompt, *said, end), (*prompt, *said)):
+                    tail = self._extend(past, probe[at + 1 :])
+                    if tail is None or (*past, *tail) != everything:
+                        return f"extending an answer does not give what the chat template gives for {probe!r}"
+        return None
 
 
 class AnswerParser:
     """Ids in as they are sampled, text out as soon as it is certain: split UTF-8 and the start of a possible stop
-    string are held back, end markers never come out."""
+    string are held back, end markers never come out. The work per token does not grow with the answer."""
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop_ids, self._stop = tokenizer, frozenset(stop_ids), tuple(filter(None, stop))
+        self._shown: list[int] = []  # the ids that came out last: what the next ones are decoded behind
+        self._fresh: list[int] = []  # ids that do not end on a whole character yet
+        self._held = ""  # text that may be the start of a stop string
+        self._ended = False  # by an end marker
+        self._stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids make certain."""
-        raise NotImplementedError
+        for token in ids:
+            if self._ended or self._stopped:
+                break
+            if token in self._stop_ids:
+                self._ended = True
+            else:
+                self._fresh.append(token)
+        return self._certain(self._decoded(last=self._ended))
 
     def finish(self) -> str:
         """What was held back and turned out to be text; nothing after a stop string."""
-        raise NotImplementedError
+        text = self._certain(self._decoded(last=True)) + self._held
+        self._held = ""
+        return text
 
     @property
     def stopped(self) -> bool:
         """True once a stop string was seen: the rest of the answer is not wanted."""
-        raise NotImplementedError
+        return self._stopped
+
+    def _decoded(self, *, last: bool) -> str:
+        """The text of the fresh ids, without those at the end that are the beginning of a character. Bytes that can
+        never be one come out as U+FFFD."""
+        behind = len(self._text(self._shown))
+        ready = len(self._fresh)
+        text = self._text(self._shown + self._fresh)
+        if text.endswith("\ufffd") and not last:
+            for n in range(len(self._fresh) - 1, max(-1, len(self._fresh) - UNFINISHED - 1), -1):
+                shorter = self._text(self._shown + self._fresh[:n])
+                if not shorter.endswith("\ufffd"):
+                    ready, text = n, shorter
+                    break
+        if ready:
+            self._shown, self._fresh = self._fresh[:ready][-CONTEXT:], self._fresh[ready:]
+        return text[behind:]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _certain(self, text: str) -> str:
+        """Cut at the first stop string; hold back the longest ending that could become one."""
+        if self._stopped:
+            return ""
+        text, self._held = self._held + text, ""
+        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self._stopped = True
+            return text[: min(found)]
+        longest = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        cut = len(text) - longest
+        self._held = text[cut:]
+        return text[:cut]
+
+
+GUARD = "\ue0d5"  # a private-use character, which no tokenizer's markup contains
+_SYSTEM = Message("system", "You are terse.\nAnswer in French.")
+_FIRST = (Message("user", "What is tea?"), Message("assistant", "A drink. Déjà vu: 日本 🙂"))
+_SECOND = (Message("user", "Two lines:\n\n  and spaces  "), Message("assistant", "One.\n\n* two\n* three"))
+_LAST = Message("user", "naïve café?\t")
+PROBES: tuple[tuple[Message, ...], ...] = (
+    (*_FIRST, _LAST),
+    (_SYSTEM, *_FIRST, _LAST),
+    (_SYSTEM, *_FIRST, *_SECOND, _LAST),
+    (*_FIRST, *_SECOND, _LAST, Message("assistant", "7"), Message("user", "x")),
+)
+
+
+def _template_message(message: Message) -> Json:
+    """As chat templates know messages; absent fields are absent."""
+    chat: Json = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        chat["name"] = message.name
+    if message.reasoning is not None:
+        chat["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        chat["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        chat["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    return chat
+
+
+def _arguments(text: str) -> object:
+    """Templates print arguments with `tojson`, so they take the object; what is no JSON stays the text it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _stop_ids(folder: Path, eos: int | None, end: int | None) -> Ids:
+    """The end-of-answer ids that the tokenizer, the generation configuration and the template name."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    found = [eos, end, *(named if isinstance(named, list) else [named])]
+    return tuple(sorted({token for token in found if token is not None}))
