@@ -35,6 +35,7 @@ from agent_rl.types import BASE_RELEASE, Finish, Sampling, Span
 log = logging.getLogger("agent_rl.engine")
 
 CONNECT_S = 10.0
+KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5: a connection must not be reused as it dies
 UNNAMED_VERSION = "default"  # what SGLang calls the weights that it was started with, unless told otherwise
 
 
@@ -154,7 +155,8 @@ class Engine:
     async def score(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, release: str = BASE_RELEASE, priority: int = 1
     ) -> tuple[float, ...]:
-        """log p(response_ids[i] | prompt_ids, response_ids[:i]) at T = 1, full vocabulary, [R]; the first token too."""
+        """log p(response_ids[i] | prompt_ids, response_ids[:i]) at T = 1, full vocabulary, [R]; the first token too.
+        NaN where the engine's own value was no finite number."""
         if not prompt_ids or not response_ids:
             raise ValueError(f"nothing to score: {len(prompt_ids)} prompt ids, {len(response_ids)} response ids")
         start = len(prompt_ids) - 1  # one position early: an engine gives no logprob for the first one asked for
@@ -167,7 +169,7 @@ class Engine:
             raise EngineError(
                 f"asked for logprobs of {len(response_ids)} ids, got {len(scored)} or others: {scored[:3]}"
             )
-        return tuple(float(entry[0]) for entry in scored)
+        return tuple(float("nan") if entry[0] is None else float(entry[0]) for entry in scored)
 
     async def abort(self, rid: str) -> None:
         await self._json("POST", "/abort_request", {"rid": rid})
@@ -272,7 +274,7 @@ class Engine:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One exchange; anything but 200 and any failure of the network becomes an EngineError."""
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout, headers=self._headers)
         data = None if body is None else orjson.dumps(body)
         try:

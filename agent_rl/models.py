@@ -197,7 +197,7 @@ class LoraLinear(nn.Module):
             a = self.a.get(name)
             if a is None:  # this adapter does not touch this layer
                 continue
-            delta = ((x if rows is None else x[rows]).float() @ a.T) @ (self.b[name].T * self.scale[name])
+            delta = ((x if rows is None else x[rows]).float() @ a.T * self.scale[name]) @ self.b[name].T
             y = y + delta.to(y.dtype) if rows is None else y.index_add(0, rows, delta.to(y.dtype))
         return y  # type: ignore[no-any-return]
 
@@ -223,13 +223,15 @@ class Lora:
         if expected != set(tensors):
             odd = sorted(expected ^ set(tensors))[:4]
             raise ModelError(f"adapter {name} does not fit this model: {odd} are missing or not wanted")
+        pairs = {n: (tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"]) for n in layers}
         for layer_name, layer in layers.items():
-            a, b = tensors[f"{layer_name}.lora_A.weight"], tensors[f"{layer_name}.lora_B.weight"]
             want = (config.rank, layer.base.in_features), (layer.base.out_features, config.rank)
-            if (tuple(a.shape), tuple(b.shape)) != want:
-                raise ModelError(f"adapter {name}, layer {layer_name}: shapes {a.shape}, {b.shape}; expected {want}")
+            got = tuple(tuple(part.shape) for part in pairs[layer_name])
+            if got != want:
+                raise ModelError(f"adapter {name}, layer {layer_name}: shapes {got}; expected {want}")
+        for layer_name, layer in layers.items():
             device = layer.base.weight.device
-            layer.a[name], layer.b[name] = a.to(device, torch.float32), b.to(device, torch.float32)
+            layer.a[name], layer.b[name] = (part.to(device, torch.float32) for part in pairs[layer_name])
             layer.scale[name] = config.scale
         self.configs[name] = config
 

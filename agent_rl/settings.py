@@ -77,6 +77,8 @@ class EngineSettings(Section):
     """Compute threads; 0 leaves one core to everything else."""
     max_batch: int = Field(16, gt=0)
     """Answers decoded at once; more wait in a queue."""
+    max_queue: int = Field(256, gt=0)
+    """Requests that wait for a place in the batch; one more is answered 503."""
     max_context: int = Field(2048, gt=0)
     """Longest prompt plus answer in tokens."""
     prefix_cache_mb: int = Field(512, ge=0)

@@ -75,7 +75,7 @@ DOORS: dict[str, list[str]] = {
         "agent_rl/models.py",
         "agent_rl/rendering.py",
         "agent_rl/training/",
-        "server/engines/torch_engine.py",
+        "server/engines/kv.py",
     ],
     "safetensors": ["agent_rl/models.py", "agent_rl/training/"],
     "torch": [
@@ -86,6 +86,8 @@ DOORS: dict[str, list[str]] = {
         "agent_rl/training/",
         "agent_rl/learner.py",
         "server/engines/torch_engine.py",
+        "server/engines/runner.py",
+        "server/engines/sampling.py",
         "server/engines/kv.py",
     ],
     "megatron": ["agent_rl/training/megatron/"],

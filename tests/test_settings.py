@@ -35,6 +35,7 @@ engine.device
 engine.dtype
 engine.threads
 engine.max_batch
+engine.max_queue
 engine.max_context
 engine.prefix_cache_mb
 store.database

@@ -61,7 +61,11 @@ class SamplingParams(Body):
     @property
     def ratio_free(self) -> bool:
         """True where a sampled token has no behaviour logprob: greedy or penalised."""
-        return self.temperature == 0.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        return self.temperature == 0.0 or self.penalised
+
+    @property
+    def penalised(self) -> bool:
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 class GenerateRequest(Body):

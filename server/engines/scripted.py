@@ -17,8 +17,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
-from os.path import commonprefix
+from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from agent_rl.types import BASE_RELEASE
 from server.engines import protocol
 from server.engines.protocol import ABORTED, Busy, Description, GenerateRequest, PauseMode, Piece, Refused
 from server.engines.stopping import Stopper
-
 
 PROBE = "\x01"  # a message that no template holds
 
@@ -259,7 +257,7 @@ class ScriptedEngine:
             async with asyncio.timeout(seconds):
                 await self._until(job, lambda: False)
         except TimeoutError:
-            return None
+            return
 
 
 def last_user_reader(tokenizer: Any) -> Callable[[str], str]:
@@ -271,7 +269,8 @@ def last_user_reader(tokenizer: Any) -> Callable[[str], str]:
     later = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}, *first]
     probes = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in (first, later)]
     befores, afters = zip(*(probe.split(PROBE) for probe in probes), strict=True)
-    opening = commonprefix([before[::-1] for before in befores])[::-1]
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(*(reversed(before) for before in befores), strict=False))
+    opening = "".join(pair[0] for pair in alike)[::-1]
     after = afters[0]
 
     def last_user(prompt: str) -> str:
