@@ -1,0 +1,16 @@
+"""The wires: each turns one protocol's requests into Conversations, and the core's events into its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.routing import BaseRoute
+
+from agent_rl.settings import GatewaySettings
+from server.auth import Door
+from server.core import Core
+from server.wires import chat
+
+WIRES: dict[str, Callable[[Core, Door, GatewaySettings], list[BaseRoute]]] = {
+    "chat": chat.routes,
+}

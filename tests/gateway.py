@@ -1,0 +1,95 @@
+"""A gateway as clients meet it: real uvicorn, scripted engine, Redis, recorder, SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from agent_rl.experience import lineage, recorder
+from agent_rl.experience.store import Store, migrate
+from agent_rl.settings import Settings, load
+from agent_rl.types import Policy, Transcript
+from server import app
+from server.engines import protocol, scripted
+
+OWNER, OTHER, AGENT = "arl-owner", "arl-other", "arl-agent"
+SCOPES = {OWNER: ("agent", "feedback", "admin"), OTHER: ("agent", "feedback"), AGENT: ("agent",)}
+
+
+@dataclass(frozen=True)
+class Gateway:
+    url: str
+    settings: Settings
+    store: Store
+    policy: Policy
+    engine: scripted.ScriptedEngine
+
+    async def transcript(self, turn_id: str) -> Transcript:
+        """A turn as SQL has it, as soon as it does."""
+        async with asyncio.timeout(10):
+            while (found := await self.store.transcript(turn_id)) is None:
+                await asyncio.sleep(0.01)
+        return found
+
+
+@asynccontextmanager
+async def serving(application: FastAPI) -> AsyncIterator[str]:
+    """The application behind a real uvicorn on a free port, in this loop; yields its URL."""
+    config = uvicorn.Config(application, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        assert not task.done(), "the server did not start"
+        await asyncio.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+@asynccontextmanager
+async def running_gateway(
+    model: Path, redis_url: str, home: Path, *, script: dict[str, Any] | None = None, **options: object
+) -> AsyncIterator[Gateway]:
+    """`options`: settings of the gateway, by name."""
+    async with AsyncExitStack() as stack:
+        engine = scripted.ScriptedEngine(model, scripted.Script.model_validate(script or {}), 1024)
+        engine_url = await stack.enter_async_context(serving(protocol.create_app(engine, None)))
+        settings = load(
+            overrides={
+                "home": str(home),
+                "store.redis": redis_url,
+                "engine.url": engine_url,
+                "engine.model": str(model),
+                **{f"gateway.{name}": value for name, value in options.items()},
+            }
+        )
+        store, policy = await _prepared(settings)
+        stack.push_async_callback(store.close)
+        stop = asyncio.Event()
+        recording = asyncio.create_task(recorder.run(settings, stop))
+        try:
+            url = await stack.enter_async_context(serving(app.create_app(settings)))
+            yield Gateway(url, settings, store, policy, engine)
+        finally:
+            stop.set()
+            await recording
+
+
+async def _prepared(settings: Settings) -> tuple[Store, Policy]:
+    await migrate(settings.database_url)
+    store = await Store.open(settings.database_url)
+    await store.ensure_tenant("default", "default")
+    policy = await lineage.ensure_policy(store, "default", "default", "0" * 64)
+    for key, scopes in SCOPES.items():
+        await store.add_key("default", hashlib.sha256(key.encode()).hexdigest(), scopes)
+    return store, policy
