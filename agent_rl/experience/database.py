@@ -18,6 +18,14 @@ BUSY_S = 30.0  # how long a writer waits for another one on SQLite
 MIGRATION_LOCK = 7_306_052_114  # any number: what two migrating processes meet at on PostgreSQL
 
 
+class Refused(ValueError):
+    """SQL rejects these values and always will; nothing was written."""
+
+
+class StoreUnavailable(ConnectionError):
+    """SQL is down, busy or broken; nothing was written and it is worth trying again."""
+
+
 def connect(url: str) -> AsyncEngine:
     """An engine whose transactions begin where they say: SQLite's driver would begin them late and never for DDL."""
     if make_url(url).get_backend_name() != "sqlite":

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.sqlite.dml import Insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.schema import Table
 
+from agent_rl.experience.database import Refused
 from agent_rl.experience.rows import feedback_row, turn_row
 from agent_rl.experience.tables import arrivals, dead_letters, feedback, journals, sessions, tombstones, turns
 from agent_rl.types import Arrival, Feedback, Turn
@@ -124,7 +125,11 @@ async def _insert_turns(connection: AsyncConnection, batch: Sequence[Turn]) -> l
     if not batch:
         return []
     statement = insert(connection, turns).on_conflict_do_nothing().returning(turns.c.turn_id)
-    result = await connection.execute(statement, [turn_row(turn) for turn in batch])
+    try:
+        rows = [turn_row(turn) for turn in batch]
+    except OverflowError as error:
+        raise Refused(f"a token id does not fit in 32 bits: {error}") from error
+    result = await connection.execute(statement, rows)
     inserted = set(result.scalars())
     return [turn for turn in batch if turn.turn_id in inserted]
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_rl.experience import database, records
-from agent_rl.experience.database import migrate
+from agent_rl.experience.database import Refused, StoreUnavailable, migrate
 from agent_rl.experience.rows import deployment_of, policy_of, turn_of
 from agent_rl.experience.tables import api_keys, deployments, journals, policies, tenants, turns
 from agent_rl.types import Arrival, Deployment, Message, Policy, Transcript
@@ -27,14 +27,6 @@ from agent_rl.types import Arrival, Deployment, Message, Policy, Transcript
 __all__ = ["ApiKey", "Refused", "Store", "StoreUnavailable", "Tenant", "migrate"]
 
 DEEPEST = 10_000  # turns of one conversation; what lies deeper is damage, not a conversation
-
-
-class Refused(ValueError):
-    """SQL rejects these values and always will; nothing was written."""
-
-
-class StoreUnavailable(ConnectionError):
-    """SQL is down, busy or broken; nothing was written and it is worth trying again."""
 
 
 @dataclass(frozen=True, slots=True)
