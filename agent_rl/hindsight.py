@@ -20,24 +20,31 @@ def teacher_view(evidence: Evidence, verdict: Verdict, template: str = "hint") -
 
     `template` is a name in TEMPLATES.
     """
-    said = spoken(evidence, verdict)
-    corrections = [f.correction for f in evidence.feedback if f.correction and not f.retracted]
-    if not said and not corrections:
-        taken_back = any(f.retracted and (f.comment or f.correction) for f in evidence.feedback)
-        return DropReason.RETRACTED if taken_back else DropReason.NO_HINDSIGHT
+    said, shown = spoken(evidence, verdict), corrections(evidence)
+    if not said and not shown:
+        gone = verdict.source == "feedback" and verdict.hint
+        return DropReason.RETRACTED if gone else DropReason.NO_HINDSIGHT
     all_said = "\n".join(unique([*evidence.standing, *said]))
-    messages = TEMPLATES[template](evidence.transcript.messages, all_said, corrections[-1] if corrections else None)
+    messages = TEMPLATES[template](evidence.transcript.messages, all_said, shown[-1] if shown else None)
     return DropReason.NO_HINDSIGHT if messages is None else TeacherView(messages, f"{template}/1")
 
 
 def spoken(evidence: Evidence, verdict: Verdict) -> list[str]:
-    """What was said about this answer: the hint in the follow-up, then comments not retracted, oldest first.
+    """What was said about this answer: the hint that the judge found, then comments not retracted, oldest first.
 
-    A verdict that comes from feedback quotes a comment, so it says nothing that the comments do not, and goes with
-    them when they are retracted.
+    A verdict from feedback quotes the comments and corrections, so where there are any its hint says nothing more,
+    and where all feedback is gone its hint goes with it.
     """
-    hint = [verdict.hint] if verdict.hint and verdict.related and verdict.source != "feedback" else []
-    return unique([*hint, *(f.comment for f in evidence.feedback if f.comment and not f.retracted)])
+    comments = [f.comment for f in evidence.feedback if f.comment and not f.retracted]
+    hint = [verdict.hint] if verdict.hint and verdict.related else []
+    if verdict.source == "feedback" and (comments or corrections(evidence) or not evidence.feedback):
+        hint = []
+    return unique([*hint, *comments])
+
+
+def corrections(evidence: Evidence) -> list[str]:
+    """Answers that the user wrote instead, oldest first."""
+    return [f.correction for f in evidence.feedback if f.correction and not f.retracted]
 
 
 def unique(texts: Iterable[str]) -> list[str]:

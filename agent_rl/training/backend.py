@@ -24,7 +24,8 @@ class Score:
     """One sample under student and teacher; means over its response tokens, in nats.
 
     `mismatch` compares the behaviour logprobs with the student as it is now: that is the serving–training mismatch
-    only where the student is what sampled the response. None: no token has a behaviour logprob.
+    only where this very student sampled the response; else it holds what was learned since as well. None: no token
+    has a behaviour logprob.
     """
 
     tokens: int
@@ -42,6 +43,19 @@ class Mismatch:
     k1: float  # mean of log behaviour − log student
     k3: float  # mean of r − 1 − log r, r = student / behaviour
     max_dp: float  # largest |difference of probabilities|
+
+
+def means(scores: Sequence[Score]) -> dict[str, float]:
+    """Over the tokens of all samples; no mismatch where no token has a behaviour logprob."""
+    tokens = sum(score.tokens for score in scores)
+    names = ("reverse_kl", "advantage", "student_entropy", "teacher_entropy")
+    values = {name: sum(getattr(score, name) * score.tokens for score in scores) / tokens for name in names}
+    if known := [score.mismatch for score in scores if score.mismatch]:
+        count = sum(mismatch.tokens for mismatch in known)
+        values["mismatch_k1"] = sum(mismatch.k1 * mismatch.tokens for mismatch in known) / count
+        values["mismatch_k3"] = sum(mismatch.k3 * mismatch.tokens for mismatch in known) / count
+        values["mismatch_max_dp"] = max(mismatch.max_dp for mismatch in known)
+    return values
 
 
 class Backend(Protocol):

@@ -1,0 +1,319 @@
+"""The learner of a policy: lessons in, checkpoints and candidates out. It calls nobody but the engine, for re-answers.
+
+    lease ─▶ head ─▶ claim ─▶ prepare ─▶ update ─▶ commit ─▶ claim …
+                              view, re-answer,      checkpoint, release, uses:
+                              sample | drop         one compare-and-swap
+
+A crash at any point loses nothing: what is not committed leaves no trace but claimed lessons, and those return to the
+pool with the next epoch of the lease. A head that moved (a candidate was rejected, a release rolled back) means: throw
+away what is not committed, load the new head, go on. One worker thread does all heavy work, one job at a time, so that
+the lease is renewed meanwhile and an abandoned job never meets its successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from agent_rl.engine import Engine, EngineUnavailable
+from agent_rl.experience import lessons as pool
+from agent_rl.experience import lineage
+from agent_rl.experience.lineage import HeadMoved, LeaseLost
+from agent_rl.experience.store import Store, StoreUnavailable
+from agent_rl.intake import Intake, Refusal, Views
+from agent_rl.methods import METHODS
+from agent_rl.models import base_hash, tokenizer_hash
+from agent_rl.objectives.rows import Rows
+from agent_rl.rendering import Renderer
+from agent_rl.settings import LearnerSettings, Settings
+from agent_rl.teachers.own import TEACHERS
+from agent_rl.training.backend import Backend, NotFinite, means
+from agent_rl.training.torch_backend import TorchBackend
+from agent_rl.types import (
+    BASE_RELEASE,
+    Checkpoint,
+    DropReason,
+    Lease,
+    Lesson,
+    Policy,
+    Release,
+    ReleaseState,
+    Sample,
+    StepMetrics,
+)
+
+log = logging.getLogger("agent_rl.learner")
+T = TypeVar("T")
+POLL_S = 0.25  # pause when there is nothing to learn
+
+
+class Method(Views, Protocol):
+    """How lessons become updates; the loop and the backend are blind to it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def min_gap(self) -> float:
+        """Least mean reverse KL between student and teacher for a turn to be a lesson, nats per token."""
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Per response token."""
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Learn until `stop`. Whatever is lost on the way (lease, SQL, engine), it starts over from the policy's head."""
+    with ThreadPoolExecutor(1, "learner", initializer=_behave, initargs=(settings.learner.threads,)) as worker:
+        learner = await _assemble(settings, worker)
+        try:
+            while not stop.is_set():
+                try:
+                    await learner.hold(stop)
+                except (LeaseLost, StoreUnavailable, EngineUnavailable) as error:
+                    log.warning("starting over from the head: %s", error)
+                    await _pause(stop, 1.0)
+        finally:
+            await learner.engine.close()
+            await learner.store.close()
+
+
+@dataclass
+class Learner:
+    settings: Settings
+    store: Store
+    engine: Engine
+    intake: Intake
+    backend: Backend
+    method: Method
+    base: str  # hash of the base
+    tokenizer: str  # hash of the tokenizer
+    worker: ThreadPoolExecutor
+    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+
+    @property
+    def options(self) -> LearnerSettings:
+        return self.settings.learner
+
+    # ------------------------------------------------------------------------------------------- the loop
+    async def hold(self, stop: asyncio.Event) -> None:
+        """Take the lease of the first policy on this base that is free, and learn for it until `stop`."""
+        held = await self._acquire()
+        if held is None:
+            await _pause(stop, POLL_S)
+            return
+        policy, lease = held
+        log.info("learning for policy %s, epoch %d", policy.policy_id, lease.epoch)
+        try:
+            async with _renewed(self.store, lease, self.options.lease_s):
+                while not stop.is_set():
+                    await self.follow(policy, lease, stop)
+        finally:
+            await asyncio.shield(lineage.release_lease(self.store, lease))
+
+    async def follow(self, policy: Policy, lease: Lease, stop: asyncio.Event) -> None:
+        """Load the head and add to it, until `stop` or until the head is moved by somebody else."""
+        head = await lineage.head(self.store, policy.policy_id)
+        await self.work(self.backend.load, Path(head.path) if head else None)
+        steps: list[StepMetrics] = []
+        learned_at = time.monotonic()
+        while await lineage.head(self.store, policy.policy_id) == head:
+            lessons = [] if stop.is_set() else await self._claim(lease)
+            if lessons:
+                steps += await self.learn(lease, head, lessons, bool(steps))
+                learned_at = time.monotonic()
+            full = len(lessons) == self.options.lessons_per_step
+            waited = (
+                bool(lessons) or time.monotonic() - learned_at >= self.options.max_wait_s
+            )  # part of a batch is late
+            due = len(steps) >= self.options.steps_per_checkpoint or (waited and not full) or stop.is_set()
+            if steps and due:
+                try:
+                    head = await self.commit(policy, lease, head, steps)
+                except HeadMoved:
+                    break
+                steps = []
+            if stop.is_set():
+                return
+            if not lessons:
+                await _pause(stop, POLL_S)
+        log.info("the head of %s was moved; %d uncommitted steps are thrown away", policy.policy_id, len(steps))
+        await pool.release_lessons(self.store, lease, [lesson for step in steps for lesson in step.lesson_ids])
+
+    async def learn(
+        self, lease: Lease, head: Checkpoint | None, lessons: Sequence[Lesson], uncommitted: bool
+    ) -> list[StepMetrics]:
+        """One update by these lessons; none where every one of them is dropped."""
+        fresh, refused = await self.intake.samples(lessons, head)
+        await self.drop(lease, refused)
+        if not fresh:
+            return []
+        seed = self.options.seed + self.backend.steps
+        again = self.intake.replays(await pool.claim_replays(self.store, lease, self.options.replays_per_step, seed))
+        on_head = not uncommitted and {s.release for x in lessons for s in x.evidence.transcript.turn.spans} == {
+            _release_id(lease.policy_id, head)
+        }
+        try:
+            step, weak = await self.work(self.update, fresh, again, on_head)
+        except NotFinite as error:
+            await self.drop(lease, [Refusal(s.lesson_id, DropReason.NOT_FINITE, str(error)) for s in fresh])
+            return []
+        await self.drop(lease, weak)
+        return [step] if step else []
+
+    async def drop(self, lease: Lease, refused: Sequence[Refusal]) -> None:
+        for refusal in refused:
+            log.info("lesson %s dropped, %s: %s", refusal.lesson_id, refusal.reason.value, refusal.detail)
+            await pool.drop(self.store, lease, refusal.lesson_id, refusal.reason, refusal.detail)
+
+    def update(
+        self, fresh: list[Sample], again: list[Sample], on_head: bool
+    ) -> tuple[StepMetrics | None, list[Refusal]]:
+        """One step of the optimizer (in the worker), and the lessons on which student and teacher agree anyway."""
+        start = time.perf_counter()
+        scores = self.backend.forward_backward(fresh, self.method.loss, self.method.min_gap)
+        learned = [s for s, score in zip(fresh, scores, strict=True) if score.loss is not None]
+        weak = [
+            Refusal(s.lesson_id, DropReason.WEAK_SIGNAL, f"reverse KL {score.reverse_kl:.4f} < {self.method.min_gap}")
+            for s, score in zip(fresh, scores, strict=True)
+            if score.loss is None
+        ]
+        if not learned:
+            return None, weak
+        if again:
+            scores += self.backend.forward_backward(again, self.method.loss)
+        lr = self.options.lr * math.sqrt(len(learned) / self.options.lessons_per_step)
+        norm = self.backend.step(lr)
+        scored = [score for score in scores if score.loss is not None]
+        tokens = sum(score.tokens for score in scored)
+        step = StepMetrics(
+            step=self.backend.steps,
+            method=self.method.name,
+            lesson_ids=tuple(s.lesson_id for s in learned),
+            replay_ids=tuple(s.lesson_id for s in again),
+            tokens=tokens,
+            loss=sum(score.loss or 0.0 for score in scored) / tokens,
+            grad_norm=norm,
+            lr=lr,
+            seconds=time.perf_counter() - start,
+            values=means(scored) | {"on_head": float(on_head)},
+        )
+        log.info(
+            "step %d: %d lessons, %d replays, %d tokens, loss %.4f, reverse KL %.4f, %.1f s",
+            *(step.step, len(learned), len(again), tokens, step.loss, step.values["reverse_kl"], step.seconds),
+        )
+        return step, weak
+
+    async def commit(
+        self, policy: Policy, lease: Lease, head: Checkpoint | None, steps: Sequence[StepMetrics]
+    ) -> Checkpoint:
+        """Write the checkpoint and the candidate, then the rows. Raises HeadMoved, LeaseLost."""
+        root = self.settings.checkpoints_dir / policy.policy_id
+        parent_id = head.checkpoint_id if head else None
+        checkpoint_id = await self.work(self.backend.save, root, parent_id)
+        now, step = time.time(), self.backend.steps
+        checkpoint = Checkpoint(
+            checkpoint_id, policy.policy_id, parent_id, step, str(root / checkpoint_id), self.method.name, now
+        )
+        release_id = _release_id(policy.policy_id, checkpoint)
+        folder = self.settings.releases_dir / release_id
+        release = Release(
+            release_id=release_id,
+            policy_id=policy.policy_id,
+            checkpoint_id=checkpoint_id,
+            kind="adapter" if self.options.tuning == "lora" else "full",
+            path=str(folder),
+            base_hash=self.base,
+            checksum=await self.work(self.backend.export, folder),
+            tokenizer_hash=self.tokenizer,
+            state=ReleaseState.STAGED,
+            created_at=now,
+            step=step,
+        )
+        await lineage.commit(self.store, lease, checkpoint, steps, release)
+        log.info("release %s staged: %d steps", release_id, len(steps))
+        return checkpoint
+
+    # ----------------------------------------------------------------------------------------------- means
+    async def work(self, job: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, lambda: job(*args))
+
+    async def _claim(self, lease: Lease) -> list[Lesson]:
+        """A full batch, or what there is once the oldest has waited long enough."""
+        n, wait_s = self.options.lessons_per_step, self.options.max_wait_s
+        return await pool.claim_lessons(self.store, lease, n, min_age_s=wait_s)
+
+    async def _acquire(self) -> tuple[Policy, Lease] | None:
+        for policy in await self.store.policies():
+            if policy.base_hash == self.base:
+                lease = await lineage.acquire(self.store, policy.policy_id, self.owner, self.options.lease_s)
+                if lease:
+                    return policy, lease
+        return None
+
+
+async def _assemble(settings: Settings, worker: ThreadPoolExecutor) -> Learner:
+    options, folder = settings.learner, settings.engine.model
+    if folder is None or settings.engine.url is None:
+        raise ValueError("the learner needs engine.model and engine.url; `agent-rl serve` sets both")
+    chosen = options.method
+    method = METHODS[chosen.type](**chosen.model_dump(exclude={"type"}))
+    teacher = TEACHERS[options.teacher](options.ema_rate)
+    loop = asyncio.get_running_loop()
+    backend = await loop.run_in_executor(worker, TorchBackend, folder, options, teacher)
+    engine = Engine(settings.engine.url)
+    store = await Store.open(settings.database_url)
+    intake = Intake(options, store, engine, Renderer(folder), method)
+    base, tokenizer = base_hash(folder), tokenizer_hash(folder)
+    return Learner(settings, store, engine, intake, backend, method, base, tokenizer, worker)
+
+
+@asynccontextmanager
+async def _renewed(store: Store, lease: Lease, ttl_s: float) -> AsyncIterator[None]:
+    """Renew the lease as long as the block runs; when it is lost, the block is cancelled and LeaseLost raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            renewing = group.create_task(_renew(store, lease, ttl_s))
+            yield
+            renewing.cancel()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+
+
+async def _renew(store: Store, lease: Lease, ttl_s: float) -> None:
+    while True:
+        await asyncio.sleep(ttl_s / 3)
+        try:
+            await lineage.renew(store, lease, ttl_s)
+        except StoreUnavailable as error:  # the epoch still fences; somebody else may take over meanwhile
+            log.warning("the lease could not be renewed: %s", error)
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+
+
+def _behave(threads: int) -> None:
+    """The worker thread gives way to whoever serves (on Linux a thread has its own niceness)."""
+    os.nice(10)
+    torch.set_num_threads(threads)
+
+
+def _release_id(policy_id: str, checkpoint: Checkpoint | None) -> str:
+    """Readable, and in the order of steps within a policy."""
+    if checkpoint is None:
+        return BASE_RELEASE
+    return f"{policy_id[:40]}-{checkpoint.step:05d}-{checkpoint.checkpoint_id[:8]}"
