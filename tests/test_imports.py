@@ -23,9 +23,12 @@ CORE = [
     "training",
     "experience",
     "judge",
+    "followups",
+    "instructions",
     "monitors",
     "exam",
     "release",
+    "intake",
     "learner",
 ]
 
@@ -40,12 +43,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agent_rl.hindsight": {"agent_rl.types"},
     "agent_rl.samples": {"agent_rl.types"},
     "agent_rl.monitors": {"agent_rl.types"},
+    "agent_rl.followups": {"agent_rl.types"},
+    "agent_rl.instructions": {"agent_rl.types", "agent_rl.monitors"},
     "agent_rl.experience": {"agent_rl.types", "agent_rl.settings"},
     **{
         f"agent_rl.{name}": {
             f"agent_rl.{n}" for n in ["types", "settings", "engine", "rendering", "experience", "monitors"]
         }
-        for name in ("judge", "exam", "release")
+        for name in ("exam", "release")
+    },
+    "agent_rl.judge": {
+        f"agent_rl.{n}" for n in ["types", "settings", "engine", "rendering", "experience", "followups", "instructions"]
+    },
+    "agent_rl.intake": {
+        f"agent_rl.{n}"
+        for n in ["types", "settings", "engine", "rendering", "experience", "hindsight", "samples", "judge"]
     },
     "agent_rl.methods": {f"agent_rl.{n}" for n in ["types", "hindsight", "samples", "objectives"]},
     **{
