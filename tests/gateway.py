@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import uvicorn
 from fastapi import FastAPI
 
@@ -34,10 +36,25 @@ class Gateway:
 
     async def transcript(self, turn_id: str) -> Transcript:
         """A turn as SQL has it, as soon as it does."""
-        async with asyncio.timeout(10):
-            while (found := await self.store.transcript(turn_id)) is None:
-                await asyncio.sleep(0.01)
-        return found
+        for _ in range(1000):
+            if found := await self.store.transcript(turn_id):
+                return found
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"turn {turn_id} was not recorded within 10 s")
+
+    async def idle(self) -> None:
+        """Until the engine has no answer in progress."""
+        for _ in range(500):
+            if not self.engine.jobs:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"the engine still answers {list(self.engine.jobs)}")
+
+    def http(self, key: str = OWNER) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=20)
+
+    def openai(self, key: str = OWNER) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
 
 @asynccontextmanager

@@ -32,20 +32,12 @@ async def gateway(tiny_model: Path, redis_url: str, tmp_path: Path) -> AsyncIter
         yield running
 
 
-def client(gateway: Gateway, key: str = OWNER) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
-
-
-def http(gateway: Gateway, key: str = OWNER) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {key}"}, timeout=20)
-
-
 def body(text: str = "What is tea?", **more: Any) -> dict[str, Any]:
     return {"model": "default", "messages": [{"role": "user", "content": text}], **more}
 
 
 async def test_a_whole_answer(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         raw = await ai.chat.completions.with_raw_response.create(**body(), max_tokens=64)
     answer, turn_id = raw.parse(), raw.headers["x-turn-id"]
     assert answer.id == f"chatcmpl-{turn_id}"
@@ -64,7 +56,7 @@ async def test_a_whole_answer(gateway: Gateway) -> None:
 
 
 async def test_a_stream_is_the_whole_answer_in_pieces(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         stream = await ai.chat.completions.create(
             **body(), stream=True, stream_options={"include_usage": True}, logprobs=True
         )
@@ -94,7 +86,7 @@ async def test_the_synchronous_client(gateway: Gateway) -> None:
 
 async def test_text_arrives_as_it_is_sampled(gateway: Gateway) -> None:
     loop = asyncio.get_running_loop()
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         stream = await ai.chat.completions.create(**body("slowly"), stream=True)
         times = [loop.time() async for chunk in stream if chunk.choices[0].delta.content]
     assert len(times) >= 9
@@ -103,16 +95,16 @@ async def test_text_arrives_as_it_is_sampled(gateway: Gateway) -> None:
 
 async def test_silence_is_filled_with_comments(tiny_model: Path, redis_url: str, tmp_path: Path) -> None:
     script = {"default": {"text": "Okay.", "first_token_s": 0.35}}
-    async with running_gateway(tiny_model, redis_url, tmp_path, script=script, keepalive_s=0.1) as gateway:
-        async with http(gateway) as web:
-            lines = (await web.post("/v1/chat/completions", json=body(stream=True))).text.split("\n\n")
+    running = running_gateway(tiny_model, redis_url, tmp_path, script=script, keepalive_s=0.1)
+    async with running as gateway, gateway.http() as web:
+        lines = (await web.post("/v1/chat/completions", json=body(stream=True))).text.split("\n\n")
     assert lines[0].startswith('data: {"id":"chatcmpl-')
     assert 2 <= lines.count(": keep-alive") <= 4
     assert lines[-2:] == ["data: [DONE]", ""]
 
 
 async def test_an_answer_cut_by_its_length(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         raw = await ai.chat.completions.with_raw_response.create(**body(), max_completion_tokens=3)
     assert raw.parse().choices[0].finish_reason == "length"
     turn = (await gateway.transcript(raw.headers["x-turn-id"])).turn
@@ -120,14 +112,14 @@ async def test_an_answer_cut_by_its_length(gateway: Gateway) -> None:
 
 
 async def test_a_stop_string_ends_the_answer_and_is_not_shown(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         answer = await ai.chat.completions.create(**body("stop early"), stop=["STOP"])
     assert answer.choices[0].message.content == "Yes. "
     assert answer.choices[0].finish_reason == "stop"
 
 
 async def test_sampling_is_recorded_as_it_was_used(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         raw = await ai.chat.completions.with_raw_response.create(
             **body(), temperature=0.5, top_p=0.9, seed=7, presence_penalty=0.5, user="ann", max_tokens=10**6
         )
@@ -141,7 +133,7 @@ async def test_sampling_is_recorded_as_it_was_used(gateway: Gateway) -> None:
 
 async def test_content_may_be_text_parts(gateway: Gateway) -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "tea?"}]
-    async with http(gateway) as web:
+    async with gateway.http() as web:
         messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
         answer = await web.post("/v1/chat/completions", json={"model": "default", "messages": messages, "store": False})
     messages_recorded = (await gateway.transcript(answer.headers["x-turn-id"])).messages
@@ -155,13 +147,13 @@ async def test_content_may_be_text_parts(gateway: Gateway) -> None:
 async def test_who_does_not_want_to_teach_does_not(
     gateway: Gateway, how: str, headers: dict[str, str], more: dict[str, Any]
 ) -> None:
-    async with http(gateway) as web:
+    async with gateway.http() as web:
         answer = await web.post("/v1/chat/completions", json=body(**more), headers=headers)
     assert (await gateway.transcript(answer.headers["x-turn-id"])).turn.no_lesson == "x-train"
 
 
 async def test_a_client_that_hangs_up(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         stream = await ai.chat.completions.create(**body("slowly"), stream=True)
         turn_id, seen = stream.response.headers["x-turn-id"], 0
         async for chunk in stream:
@@ -176,25 +168,27 @@ async def test_a_client_that_hangs_up(gateway: Gateway) -> None:
 
 
 async def test_a_client_that_does_not_stream_and_hangs_up(gateway: Gateway) -> None:
-    async with http(gateway) as web:
+    async with gateway.http() as web:
         with pytest.raises(httpx.ReadTimeout):
             await web.post("/v1/chat/completions", json=body("slowly"), timeout=0.2)
-    async with asyncio.timeout(5):
-        while gateway.engine.jobs:
-            await asyncio.sleep(0.01)
+    await gateway.idle()
+
+
+async def read_into(pieces: list[str], stream: openai.AsyncStream[Any]) -> None:
+    async for chunk in stream:
+        pieces.append(chunk.choices[0].delta.content or "")
 
 
 async def test_an_engine_that_gives_up_in_the_middle(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         with pytest.raises(openai.APIStatusError) as whole:
             await ai.chat.completions.create(**body("give up"))
         stream = await ai.chat.completions.create(**body("give up"), stream=True)
-        pieces = []
+        pieces: list[str] = []
         with pytest.raises(openai.APIError, match="gave this answer up"):
-            async for chunk in stream:
-                pieces.append(chunk.choices[0].delta.content)
+            await read_into(pieces, stream)
     assert whole.value.status_code == 502
-    assert "".join(filter(None, pieces)) != ""
+    assert "".join(pieces) != ""
     turn = (await gateway.transcript(stream.response.headers["x-turn-id"])).turn
     assert (turn.finish, turn.no_lesson, len(turn.response_ids)) == (Finish.ERROR, "error", 2)
 
@@ -233,7 +227,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 async def test_bad_fields_are_refused_by_name(gateway: Gateway) -> None:
-    async with http(gateway) as web:
+    async with gateway.http() as web:
         for bad, field, words in BAD:
             answer = await web.post("/v1/chat/completions", json=bad)
             error = answer.json()["error"]
@@ -246,21 +240,21 @@ async def test_bad_fields_are_refused_by_name(gateway: Gateway) -> None:
     [(b"{", "not JSON"), (b"[]", "must be a JSON object, not a list"), (b"\xff", "not JSON"), (b"", "not JSON")],
 )
 async def test_a_body_that_is_no_json_object(gateway: Gateway, content: bytes, words: str) -> None:
-    async with http(gateway) as web:
+    async with gateway.http() as web:
         answer = await web.post("/v1/chat/completions", content=content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert words in answer.json()["error"]["message"]
 
 
 async def test_an_unknown_model_is_told_what_there_is(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9'; models here: default") as error:
             await ai.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "Hi"}])
     assert error.value.code == "model_not_found"
 
 
 async def test_too_long_a_prompt_is_told_the_numbers(gateway: Gateway) -> None:
-    async with client(gateway) as ai:
+    async with gateway.openai() as ai:
         with pytest.raises(openai.BadRequestError, match=r"is \d+ tokens long; the limit is 1023") as error:
             await ai.chat.completions.create(**body("tea " * 1000))
     assert error.value.code == "context_length_exceeded"
