@@ -187,9 +187,9 @@ class LearnerSettings(Section):
 class ReleaseSettings(Section):
     auto: bool = True
     """Whether a candidate that passes goes live by itself."""
-    probes: int = Field(16, gt=0)
+    probes: int = Field(12, gt=0)
     """Probe questions asked in an exam."""
-    probe_max_tokens: int = Field(64, gt=0)
+    probe_max_tokens: int = Field(48, gt=0)
     """Tokens allowed to a probe's answer."""
     max_empty_rate: float = Field(0.0, ge=0, le=1)
     """Most probes that may be answered with nothing."""
