@@ -68,10 +68,11 @@ class Shipper:
 
     async def run(self) -> None:
         """Until cancelled. Redis may come and go."""
-        pause = 0.05
-        while True:
+        pause, task = 0.05, asyncio.current_task()
+        assert task is not None
+        while not task.cancelling():  # asked, since redis-py can swallow a cancellation that meets an answer
             try:
-                if not await self._step():
+                if not await self._step() and not task.cancelling():
                     await self._wait()
                 pause = 0.05
             except StreamForgot as forgot:
