@@ -67,12 +67,18 @@ def serve(
     from server import launch
 
     settings = load(*options(config, sets, home=home, gateway__host=host, gateway__port=port, engine__model=model))
-    asyncio.run(launch.serve(settings, lambda text: console.print(escape(text)), show_line))
+    asyncio.run(launch.serve(settings, say, show_line))
+
+
+def say(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
 
 
 def show_line(role: str, line: str) -> None:
-    """On the console: what the roles announce and complain about; everything is in their logs."""
-    if role in ("learner", "publisher", "supervisor") or any(word in line for word in ("WARNING", "ERROR", "CRITICAL")):
+    """On the console: what learner and publisher announce, and what any role complains of; the logs have it all."""
+    if role == "redis":
+        return
+    if role in ("learner", "publisher") or any(word in line for word in (" WARNING ", " ERROR ", " CRITICAL ")):
         console.print(f"[dim]{role:>10}[/dim]  {escape(line)}", soft_wrap=True)
 
 
@@ -251,7 +257,7 @@ def prepare(settings: SettingsFile) -> None:
     """Bring database, model, policy and first key into being."""
     from server.preparation import prepare as run
 
-    asyncio.run(run(read_settings(settings), lambda text: console.print(escape(text))))
+    asyncio.run(run(read_settings(settings), say))
 
 
 @app.command(hidden=True)
@@ -264,7 +270,7 @@ def role(name: str, settings: SettingsFile) -> None:
         stream=sys.stderr,
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("agent_rl").setLevel(chosen.log_level.upper())
     if name in LOOPS:
         asyncio.run(run_loop(name, chosen))
     else:

@@ -8,6 +8,7 @@ questions are asked with no preference mentioned; what changed between the two i
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -179,7 +180,7 @@ async def ability(scene: Scene, preference: Preference, asked: Sequence[str]) ->
 async def talk(scene: Scene, preference: Preference, asked: Sequence[str], interactions: int, results: Results) -> None:
     """USERS conversations at a time: a question, and a complaint if the answer does not please. No session ids are
     sent: the server finds the conversation by what was said in it."""
-    waiting = iter((asked * (1 + interactions // len(asked)))[:interactions])
+    waiting = itertools.islice(itertools.cycle(asked), interactions)
     columns = BarColumn(), TextColumn("{task.completed}/{task.total} conversations  {task.description}")
     with Progress(*columns, console=scene.console) as progress:
         bar = progress.add_task("", total=interactions)
