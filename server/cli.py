@@ -265,7 +265,7 @@ def role(name: str, settings: SettingsFile) -> None:
     """Run one role until SIGTERM."""
     chosen = read_settings(settings)
     logging.basicConfig(
-        level=chosen.log_level.upper(),
+        level="WARNING",
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
         datefmt="%H:%M:%S",
