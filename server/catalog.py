@@ -56,4 +56,5 @@ def _may_see(caller: Caller, known: dict[str, object]) -> bool:
 
 
 def _json(body: object) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json")
+    # rows of SQL are named by a kind of str of its own
+    return Response(orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")

@@ -30,22 +30,32 @@ class Cache(Generic[K, V]):
 
     def __init__(self, load: Callable[[K], Awaitable[V]], life_s: float) -> None:
         self._load, self._life_s = load, life_s
-        self._known: OrderedDict[K, tuple[float, V]] = OrderedDict()
+        self._known: OrderedDict[K, tuple[float, V]] = OrderedDict()  # (when it was heard, what)
+        self._asking: dict[K, asyncio.Task[V]] = {}
 
     async def get(self, key: K) -> V:
-        """Raises Refusal (503) where nothing is known and SQL does not answer."""
-        known = self._known.get(key)
-        if known and time.monotonic() - known[0] < self._life_s:
+        """Asked once for all who want it: meanwhile, what is known is good enough.
+
+        Raises Refusal (503) where nothing is known and SQL does not answer.
+        """
+        known, asking = self._known.get(key), self._asking.get(key)
+        if known and (asking or time.monotonic() - known[0] < self._life_s):
             return known[1]
+        if asking is None:
+            asking = self._asking[key] = asyncio.create_task(self._ask(key))
+            asking.add_done_callback(lambda _: self._asking.pop(key))
+        return await asyncio.shield(asking)
+
+    async def _ask(self, key: K) -> V:
+        known = self._known.get(key)
         try:
             async with asyncio.timeout(LOOKUP_S):
                 value = await self._load(key)
         except (StoreUnavailable, TimeoutError) as error:
             if known is None:
                 raise Refusal(503, "the database does not answer; try again", retry_after_s=2) from error
-            log.warning("SQL does not answer, serving on with what is known: %s", error)
-            self._known[key] = (time.monotonic(), known[1])  # asked again after another life, not by every request
-            return known[1]
+            log.warning("SQL does not answer, serving on with what is known: %r", error)
+            value = known[1]
         self._known[key] = (time.monotonic(), value)
         self._known.move_to_end(key)
         while len(self._known) > CAPACITY:

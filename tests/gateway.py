@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ class Gateway:
     store: Store
     policy: Policy
     engine: scripted.ScriptedEngine
+    stop_engine: Callable[[], Awaitable[None]]
 
     async def transcript(self, turn_id: str) -> Transcript:
         """A turn as SQL has it, as soon as it does."""
@@ -80,7 +81,8 @@ async def running_gateway(
     """`options`: settings of the gateway, by name."""
     async with AsyncExitStack() as stack:
         engine = scripted.ScriptedEngine(model, scripted.Script.model_validate(script or {}), 1024)
-        engine_url = await stack.enter_async_context(serving(protocol.create_app(engine, None)))
+        engine_server = await stack.enter_async_context(AsyncExitStack())
+        engine_url = await engine_server.enter_async_context(serving(protocol.create_app(engine, None)))
         settings = load(
             overrides={
                 "home": str(home),
@@ -96,7 +98,7 @@ async def running_gateway(
         recording = asyncio.create_task(recorder.run(settings, stop))
         try:
             url = await stack.enter_async_context(serving(app.create_app(settings)))
-            yield Gateway(url, settings, store, policy, engine)
+            yield Gateway(url, settings, store, policy, engine, engine_server.aclose)
         finally:
             stop.set()
             await recording
