@@ -54,13 +54,12 @@ def unique(texts: Iterable[str]) -> list[str]:
 
 
 def _hint(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:
-    blocks = []
-    if said:
-        blocks.append(f"[The user's reply to an earlier answer: {said}]")
+    """A note under the question, as bare as can be: brackets, instructions or "the user said" make a small teacher
+    talk about the question ("The answer to this question is: …") instead of answering it."""
+    notes = [f"Note about an earlier answer: {said}"] if said else []
     if correction:
-        blocks.append(f"[An answer that the user was content with: {correction}]")
-    blocks.append("Answer again from the beginning, doing what the user asks.")
-    return _last_user(messages, lambda content: "\n\n".join([content, "\n".join(blocks)]))
+        notes.append(f"A better answer was: {correction}")
+    return _last_user(messages, lambda content: "\n\n".join([content, *notes]))
 
 
 def _plain(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:

@@ -33,11 +33,7 @@ def test_hint_extends_the_last_user_message_and_leaves_the_rest() -> None:
     made = view(evidence(*history), verdict())
     assert made[:3] == history[:3]
     assert made[3].role == "user"
-    assert made[3].content == (
-        "What is tea?\n\n"
-        "[The user's reply to an earlier answer: Be short.]\n"
-        "Answer again from the beginning, doing what the user asks."
-    )
+    assert made[3].content == "What is tea?\n\nNote about an earlier answer: Be short."
 
 
 def test_hint_goes_to_the_user_even_where_a_tool_spoke_last() -> None:
@@ -85,9 +81,7 @@ def test_a_correction_is_shown_as_a_demonstration_the_newest_one() -> None:
     )
     quoted = verdict('A better answer would be: "A drink."', "feedback")
     last = view(evidence(feedback=feedback), quoted)[-1].content
-    assert "[An answer that the user was content with: A drink.]" in last
-    assert "better answer" not in last
-    assert "reply to an earlier answer" not in last
+    assert last == "What is tea?\n\nA better answer was: A drink."
 
 
 def test_a_thumb_down_whose_reason_is_in_the_next_message() -> None:

@@ -28,7 +28,7 @@ from server.engines.scripted import create_app
 
 HINT = "Too long. Please answer in one short sentence."
 LONG = "Tea is a hot drink made from leaves. The capital of France is Paris. How do birds fly?"
-OBEYS = {"default": {"text": LONG}, "rules": [{"prompt": "reply to an earlier answer", "text": "A hot drink."}]}
+OBEYS = {"default": {"text": LONG}, "rules": [{"prompt": "Note about an earlier answer", "text": "A hot drink."}]}
 CANNOT = {"default": {"text": LONG}, "rules": []}
 
 

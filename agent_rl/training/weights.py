@@ -107,10 +107,11 @@ class FullWeights:
         self.load(None, None)
 
     def load(self, student: Mapping[str, Tensor] | None, ema: Mapping[str, Tensor] | None) -> None:
-        self.student = _masters(student or dict(load_model(self.folder, self.dtype, self.device).named_parameters()))
+        born = student or dict(load_model(self.folder, self.dtype, self.device).named_parameters())
+        self.student = _masters(born, self.device)
         for tensor in self.student.values():
             tensor.requires_grad_()
-        self.ema = None if ema is None else _masters(ema)
+        self.ema = None if ema is None else _masters(ema, self.device)
         self.others.pop("ema", None)
         self.changed()
 
@@ -139,7 +140,7 @@ class FullWeights:
 
     def track(self, rate: float) -> None:
         if self.ema is None:
-            self.ema = _masters(self.student)
+            self.ema = _masters(self.student, self.device)
         _lerp(self.ema, self.student, rate)
         if "ema" in self.others:
             _copy(self.others["ema"], self.ema)
@@ -164,8 +165,8 @@ class FullWeights:
         return tensors_checksum(tensors)
 
 
-def _masters(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: tensor.detach().float().clone() for name, tensor in tensors.items()}
+def _masters(tensors: Mapping[str, Tensor], device: str) -> Tensors:
+    return {name: tensor.detach().to(device, torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
