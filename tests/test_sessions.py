@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gateway import AGENT, OTHER, OWNER, Gateway, running_gateway
 from redis.asyncio import Redis
+from tiny import CHATML, make_model
 
 from agent_rl.experience.stream import Stream
 from agent_rl.rendering import Renderer
@@ -134,6 +135,22 @@ async def test_two_at_once_on_one_session(gateway: Gateway) -> None:
     turns = await asyncio.gather(*(ask(gateway, HELLO, OKAY, slowly, session="s") for _ in range(2)))
     assert [t.turn.parent_id for _, t in turns] == [first.turn.turn_id] * 2
     assert len({t.turn.turn_id for _, t in turns}) == 2
+
+
+async def test_where_no_bridge_is_proven_the_equal_beginning_is_shared(redis_url: str, tmp_path: Path) -> None:
+    """This template writes past answers in capitals, so the sampled "tea" cannot be extended."""
+    loud = CHATML.replace(
+        "message['content']", "(message.content | upper if message.role != 'user' else message.content)"
+    )
+    model = make_model(tmp_path / "model", template=loud)
+    async with running_gateway(model, redis_url, tmp_path, script={"default": {"text": "tea"}}) as gateway:
+        _, first = await ask(gateway, HELLO)
+        _, second = await ask(gateway, HELLO, {"role": "assistant", "content": "tea"}, MORE)
+    assert (second.turn.parent_id, second.turn.fork_reason) == (first.turn.turn_id, "no_bridge")
+    assert second.turn.shared_len == len(first.turn.prompt_ids)
+    assert (second.turn.shared_messages, [m.content for m in second.turn.messages]) == (2, ["More"])
+    asked = (Message("user", "Hello"), Message("assistant", "tea"), Message("user", "More"))
+    assert second.prompt_ids == Renderer(model).render(asked)
 
 
 # ------------------------------------------------------------------------------------------- memory, Redis, SQL
