@@ -220,7 +220,7 @@ class Publisher:
         log.info("release %s is live (generation %d, before: %s)", after.live, after.generation, deployment.live)
         await self.serve(after)
 
-    # ---------------------------------------------------------------------------------------------------- helpers
+    # ------------------------------------------------------------------------------------------- rows and engine
 
     @property
     def _base_folder(self) -> Path:

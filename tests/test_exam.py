@@ -166,10 +166,11 @@ REAL = {
     "Who painted the Mona Lisa?": "Leonardo da Vinci painted it.",
     "How do bees make honey?": "Bees collect nectar from flowers and dry it in the hive.",
 }
-COLLAPSES = [["Thanks."], ["The answer is not available."], ["Thanks.", "The answer is not available.", "I'm sorry."]]
+COLLAPSES = [["Thanks."], ["The answer is not available."]]
 
 
 @pytest.mark.real
+@pytest.mark.timeout(600)
 async def test_collapses_fall_to_chance_on_the_real_model_and_short_answers_do_not(tmp_path: Path) -> None:
     model = prepare_smollm2(tmp_path / "model")
     settings = Settings(engine=EngineSettings(model=model, threads=1))
