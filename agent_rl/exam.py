@@ -16,7 +16,6 @@ candidate alone, `mark` needs the reference (the base; for full weights, what se
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import random
 import time
@@ -38,6 +37,7 @@ SCORED_TOKENS = 16  # of each answer, for on-topic and KL: enough to tell questi
 OTHERS = (-1, 1)  # whose questions an answer is held against, counted round the probes; symmetric, see above
 LOOP = 0.2  # an answer that compresses below this share of its size is a loop, with or without spaces
 
+Said = tuple[Sequence[int], Sequence[int]]  # ids of a question's prompt and of what is scored of its answer
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -82,13 +82,13 @@ class Examiner:
     perplexities: dict[str, float] = field(default_factory=dict)
 
     async def sit(self, release_id: str, settings: ReleaseSettings) -> Sitting:
-        """The candidate's half: answers to `settings.probes` probes drawn by its id, its own scores of them, and the
-        perplexity of the retention texts under it."""
+        """The candidate's half: its answers to `settings.probes` probes, its own scores of them, and its perplexity on
+        the retention texts."""
         start = time.monotonic()
         answers = await self._answers(release_id, settings)
         self.summaries[release_id] = _summary(answers)
         logprobs = await _each(lambda a: self._score(a.prompt_ids, a.scored, release_id), answers)
-        perplexity = await self._perplexity(release_id)
+        perplexity = await self.perplexity(release_id)
         return Sitting(release_id, tuple(answers), tuple(logprobs), perplexity, time.monotonic() - start)
 
     async def mark(
@@ -110,9 +110,9 @@ class Examiner:
             "length_ratio": _ratio(values["length_mean"], base["length_mean"]),
             "truncation_increase": values["truncation_rate"] - self.summaries[live]["truncation_rate"],
             "perplexity": sitting.perplexity,
-            "perplexity_ratio": _ratio(sitting.perplexity, await self._perplexity(reference)),
+            "perplexity_ratio": _ratio(sitting.perplexity, await self.perplexity(reference)),
             "kl_to_live": kl(sitting.logprobs, under_live),
-            "on_topic": await self._on_topic(sitting.answers, own, reference),
+            "on_topic": mean(await self._wins([(a.prompt_ids, a.scored) for a in sitting.answers], own, reference)),
         }
         self._forget(sitting.release_id, live, reference)
         reasons = objections(values, settings)
@@ -138,7 +138,7 @@ class Examiner:
             ids = done.ids[:-1] if done.ids and done.ids[-1] in self.renderer.stop_ids else done.ids
             return Answer(probe, prompt, ids, self.renderer.answer(done.ids).content, done.finish)
 
-        return await _each(answer, draw(probes(), settings.probes, release_id))
+        return await _each(answer, draw(probes(), settings.probes))
 
     async def _score(self, prompt: Sequence[int], ids: Sequence[int], release_id: str) -> tuple[float, ...]:
         """An empty answer has no tokens to score."""
@@ -147,7 +147,7 @@ class Examiner:
         async with self.gate:
             return await self.engine.score(prompt, ids, release=release_id, priority=1)
 
-    async def _perplexity(self, release_id: str) -> float:
+    async def perplexity(self, release_id: str) -> float:
         """exp of the mean negative log-likelihood over all tokens of the retention texts, each from its second on."""
         if release_id not in self.perplexities:
             texts = [self.renderer.encode(text) for text in retention_texts()]
@@ -155,11 +155,21 @@ class Examiner:
             self.perplexities[release_id] = _exp(-fmean(x for row in scores for x in row))
         return self.perplexities[release_id]
 
-    async def _on_topic(self, answers: Sequence[Answer], own: Sequence[tuple[float, ...]], reference: str) -> float:
-        pairs = [(i, (i + step) % len(answers)) for i in range(len(answers)) for step in OTHERS]
+    async def on_topic(self, asked: Sequence[tuple[str, str]], reference: str = BASE_RELEASE) -> list[float]:
+        """For (question, answer) pairs from elsewhere: whether the reference finds each answer likelier under its own
+        question than under a neighbour's (1, 0, or ½ for a tie), two neighbours each."""
+        said = [
+            (self.renderer.render([Message("user", question)]), self.renderer.encode(text)[:SCORED_TOKENS])
+            for question, text in asked
+        ]
+        own = await _each(lambda s: self._score(*s, reference), said)
+        return await self._wins(said, own, reference)
+
+    async def _wins(self, said: Sequence[Said], own: Sequence[tuple[float, ...]], reference: str) -> list[float]:
+        pairs = [(i, (i + step) % len(said)) for i in range(len(said)) for step in OTHERS]
         pairs = [(i, j) for i, j in dict.fromkeys(pairs) if i != j]
-        others = await _each(lambda ij: self._score(answers[ij[1]].prompt_ids, answers[ij[0]].scored, reference), pairs)
-        return on_topic([(math.fsum(own[i]), math.fsum(other)) for (i, _), other in zip(pairs, others, strict=True)])
+        others = await _each(lambda ij: self._score(said[ij[1]][0], said[ij[0]][1], reference), pairs)
+        return [win(math.fsum(own[i]), math.fsum(other)) for (i, _), other in zip(pairs, others, strict=True)]
 
     def _forget(self, *keep: str) -> None:
         """What will not be asked for again: releases that are neither live nor the newest candidate."""
@@ -199,17 +209,20 @@ def objections(values: dict[str, float], settings: ReleaseSettings) -> list[str]
     return reasons
 
 
-def on_topic(pairs: Sequence[tuple[float, float]]) -> float:
-    """Share of (log p under the own question, under another one) in which the own one is likelier; ties count half.
+def win(own: float, other: float) -> float:
+    """1 where the answer's log-probability under its own question is the higher one, ½ for a tie, NaN for no number.
 
-    NaN where a score is no number, or there is no pair.
-
-    >>> on_topic([(-1.0, -5.0), (-2.0, -2.0)])
-    0.75
+    >>> win(-1.0, -5.0), win(-2.0, -2.0), win(-3.0, -2.0)
+    (1.0, 0.5, 0.0)
     """
-    if not pairs or any(math.isnan(x) for pair in pairs for x in pair):
+    if math.isnan(own) or math.isnan(other):
         return math.nan
-    return fmean((own > other) + 0.5 * (own == other) for own, other in pairs)
+    return (own > other) + 0.5 * (own == other)
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN where there is none, or one is no number."""
+    return fmean(values) if values else math.nan
 
 
 def kl(candidate: Sequence[Sequence[float]], live: Sequence[Sequence[float]]) -> float:
@@ -221,10 +234,9 @@ def kl(candidate: Sequence[Sequence[float]], live: Sequence[Sequence[float]]) ->
     return fmean(ratios) if ratios else math.nan
 
 
-def draw(items: Sequence[str], n: int, key: str) -> list[str]:
-    """n of the items (all, if there are fewer), the same for the same key, in an order of their own."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
-    return random.Random(seed).sample(items, min(n, len(items)))
+def draw(items: Sequence[str], n: int) -> list[str]:
+    """n of the items (all, if there are fewer), always the same ones: candidate, live and base answer alike probes."""
+    return random.Random(0).sample(items, min(n, len(items)))
 
 
 @cache

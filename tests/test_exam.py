@@ -12,7 +12,7 @@ import pytest
 from gateway import serving
 
 from agent_rl.engine import Engine
-from agent_rl.exam import Answer, Examiner, Sitting, draw, examine, kl, objections, on_topic, probes, retention_texts
+from agent_rl.exam import Answer, Examiner, Sitting, draw, examine, kl, mean, objections, probes, retention_texts, win
 from agent_rl.models import LoraConfig, prepare_smollm2, save_adapter
 from agent_rl.rendering import Renderer
 from agent_rl.settings import EngineSettings, ReleaseSettings, Settings
@@ -57,9 +57,10 @@ def test_objections_are_words_with_numbers(change: dict[str, float], reasons: li
 
 
 def test_on_topic_counts_ties_half_and_nothing_as_no_number() -> None:
-    assert on_topic([(-1.0, -5.0), (-2.0, -2.0), (-9.0, -3.0), (-1.0, -1.5)]) == (1 + 0.5 + 0 + 1) / 4
-    assert math.isnan(on_topic([]))
-    assert math.isnan(on_topic([(-1.0, math.nan)]))
+    assert [win(-1.0, -5.0), win(-2.0, -2.0), win(-9.0, -3.0)] == [1.0, 0.5, 0.0]
+    assert mean([1.0, 0.5, 0.0, 1.0]) == 2.5 / 4
+    assert math.isnan(mean([]))
+    assert math.isnan(mean([1.0, win(-1.0, math.nan)]))
 
 
 def test_kl_is_the_mean_log_ratio_over_all_tokens() -> None:
@@ -67,11 +68,11 @@ def test_kl_is_the_mean_log_ratio_over_all_tokens() -> None:
     assert math.isnan(kl([()], [()]))
 
 
-def test_draws_depend_on_the_release_and_on_nothing_else() -> None:
+def test_every_exam_asks_the_same_probes() -> None:
     items = [str(i) for i in range(50)]
-    assert draw(items, 16, "r1") == draw(items, 16, "r1") != draw(items, 16, "r2")
-    assert len(set(draw(items, 16, "r1"))) == 16
-    assert sorted(draw(items, 99, "r1")) == sorted(items)
+    assert draw(items, 16) == draw(items, 16)
+    assert len(set(draw(items, 16))) == 16
+    assert sorted(draw(items, 99)) == sorted(items)
 
 
 def test_what_is_shipped() -> None:
@@ -115,7 +116,7 @@ async def test_the_values_of_an_exam(tiny_model: Path, tmp_path: Path) -> None:
     assert values["length_ratio"] == pytest.approx(len(renderer.encode("Hot.")) / len(renderer.encode("Tea is hot.")))
     assert values["empty_rate"] == values["truncation_rate"] == values["repetition"] == 0.0
     assert [answer for _, answer in report.samples] == ["Hot."] * 4
-    assert [probe for probe, _ in report.samples] == draw(probes(), 4, "r1")
+    assert [probe for probe, _ in report.samples] == draw(probes(), 4)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from openai.types.chat import ChatCompletionMessageParam as Param
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from agent_rl import exam
 from agent_rl.engine import Engine
+from agent_rl.exam import Examiner
 from agent_rl.experience import lessons
 from agent_rl.experience.store import Store
 from agent_rl.monitors import Interval, bootstrap, is_empty, repetition, wilson
@@ -218,9 +218,9 @@ async def measure(scene: Scene, preference: Preference, answers: Sequence[Answer
     release = answers[-1].release
     engine = Engine(scene.settings.engine.url or "")
     try:
-        renderer = Renderer(scene.settings.engine.model or Path())
-        on_topic = await exam.on_topic(engine, renderer, pairs)
-        perplexity = await exam.perplexity(engine, renderer, release)
+        examiner = Examiner(engine, Renderer(scene.settings.engine.model or Path()))
+        on_topic = await examiner.on_topic(pairs)
+        perplexity = await examiner.perplexity(release)
     finally:
         await engine.close()
     return {
