@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,11 +75,12 @@ def postgres_server() -> Iterator[str]:
         subprocess.run(initdb, check=True, **quiet)
         options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
         process = subprocess.Popen([binaries / "postgres", "-D", data, *options], stderr=subprocess.DEVNULL, **quiet)
-        wait_until(lambda: answers(folder / ".s.PGSQL.5432"), "PostgreSQL")
+        ready = [binaries / "pg_isready", "-q", "-h", folder]
+        wait_until(lambda: subprocess.run(ready, check=False, cwd=folder).returncode == 0, "PostgreSQL")
         yield f"postgresql+asyncpg://postgres@/{{name}}?host={folder}"
     finally:
         if process is not None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # its fast shutdown: does not wait for clients
             process.wait()
         shutil.rmtree(folder)
 
@@ -88,9 +90,9 @@ def answers(path: Path) -> bool:
         return client.connect_ex(str(path)) == 0
 
 
-def wait_until(condition: object, what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
     end = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"{what} did not start within {timeout_s} s")
         time.sleep(0.02)

@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-import asyncpg
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -184,7 +183,7 @@ async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         if database.refuses(error):
             raise Refused(f"SQL refuses these values: {error.orig or error}") from error
         raise StoreUnavailable(f"SQL cannot be used now: {error.orig}") from error
-    except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (SQLAlchemyError, OSError) as error:
         raise StoreUnavailable(f"SQL cannot be used now: {error}") from error
 
 
