@@ -62,7 +62,9 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 def load_model(folder: Path, dtype: Dtype = "auto", device: str = "cpu") -> nn.Module:
     """A causal language model from a Hugging Face folder, in evaluation mode. Raises ModelError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is no model folder: it has no config.json")
     if not list(folder.glob("*.safetensors")):

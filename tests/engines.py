@@ -19,10 +19,10 @@ from agent_rl.settings import Settings, load
 from server.engines import scripted, torch_engine
 
 KEY = "engine-key"
-LONG = 800  # tokens of a long answer
+LONG = 300  # tokens of a long answer
 SCRIPT: dict[str, Any] = {
     "rules": [
-        {"user": "long", "text": "a " * LONG, "token_s": 0.001},
+        {"user": "long", "text": "a " * LONG, "token_s": 0.002},
         {"user": "tea", "release": "r1", "text": "Tea, says the first."},
         {"user": "tea", "release": "r2", "text": "Tea, says the second."},
         {"user": "tea", "text": "Tea is a hot drink made from leaves.", "logprob": [-0.5, -0.25]},

@@ -15,7 +15,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-CANDIDATES = 256  # the first try at a cut distribution; rows that keep more are sorted whole
+CANDIDATES = 256  # the first try at a cut distribution; rows that keep more are tried with WIDER times as many
+WIDER = 16
 BELOW_ONE = 1 - 1e-12  # keeps a draw off the very end, behind the last token that has any mass
 
 
@@ -128,7 +129,7 @@ def _sample_cut(
     kept_N[rows] = kept_NK.sum(-1)
     open_ended = [row for row, more in zip(rows, keep_NK[:, -1].tolist(), strict=True) if more]
     if open_ended and k < logits_NV.shape[1]:
-        _sample_cut(logits_NV, lse_N, open_ended, draws, logits_NV.shape[1], tokens_N, kept_N)
+        _sample_cut(logits_NV, lse_N, open_ended, draws, candidates * WIDER, tokens_N, kept_N)
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:
