@@ -164,6 +164,8 @@ class Engine:
         body = await self._request(ids, release, {"max_new_tokens": 0, "temperature": 1.0}, None, priority)
         answer = await self._json("POST", "/generate", body | {"logprob_start_len": start})
         self._heard(answer["meta_info"])
+        if (reason := answer["meta_info"]["finish_reason"])["type"] == "abort":
+            raise EngineError(f"{self.url} gave up scoring: {reason.get('message')}")
         scored = answer["meta_info"]["input_token_logprobs"][1:]
         if [entry[1] for entry in scored] != list(response_ids):
             raise EngineError(

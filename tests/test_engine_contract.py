@@ -226,6 +226,17 @@ async def test_hanging_up_on_a_whole_answer_aborts_it(server: Server) -> None:
     await running_becomes(server, 0)
 
 
+async def test_hanging_up_at_any_moment_harms_nobody(server: Server) -> None:
+    whole = await server.engine.complete(server.prompt("tea"), GREEDY)
+    for n in range(40):
+        task = asyncio.create_task(server.engine.complete(server.prompt(f"long {n}"), LONG_ANSWER))
+        await asyncio.sleep(n * 0.0002)
+        task.cancel()
+        await asyncio.wait({task})
+    await running_becomes(server, 0)
+    assert await server.engine.complete(server.prompt("tea"), GREEDY) == whole
+
+
 async def test_one_id_is_answered_once_at_a_time(server: Server) -> None:
     task = await begun(server, "a")
     with pytest.raises(EngineRejected, match="a request a is being answered already"):

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Phi
 
 from agent_rl.models import ModelError, load_model
 from server.engines import runner
+from server.engines.contract import Busy, GenerateRequest, Piece, Refused, SamplingParams
 from server.engines.kv import KVShape, PrefixCache, Slab
-from server.engines.protocol import Busy, GenerateRequest, Piece, Refused, SamplingParams
 from server.engines.runner import Runner
 from server.engines.sampling import Draw, Drawn, sample, score
-from server.engines.scheduler import MAX_CHUNK, MAX_CHUNK_BETWEEN, Scheduler, Swap, Work
+from server.engines.scheduler import MAX_CHUNK, MAX_CHUNK_BETWEEN, Scheduler, Swap
 from server.engines.stopping import Stopper
+from server.engines.work import Work
 
 # ------------------------------------------------------------------------------------------------- sampling
 
@@ -324,6 +325,7 @@ def test_a_full_queue_is_busy(tiny_model: Path) -> None:
     bench.ask("b", [5])
     with pytest.raises(Busy, match=r"2 requests wait already; engine\.max_queue is 2"):
         bench.ask("c", [5])
+    bench.ask("internal", [5], priority=1)  # has a queue of its own
 
 
 def test_a_failing_forward_ends_only_its_own_requests(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,11 +356,13 @@ def test_logits_that_are_not_finite_end_their_request_and_leave_no_trace(bench: 
     with torch.no_grad():
         embedding[66] = float("nan")
     bench.ask("bad", [5, 66, 5])
+    bench.ask("scored", [5, 66, 5], tokens=0, logprob_start_len=0)
     bench.scheduler.step()
     with torch.no_grad():
         embedding[66] = kept  # tied to the output head: put back before the others draw again
     bench.run()
     assert bench.last("bad").finish["message"] == "the model's logits are not finite"  # type: ignore[index]
+    assert bench.last("scored").prompt_logprobs == pytest.approx((float("nan"),) * 2, nan_ok=True)
     bench.ask("later", prompt(2, 5), tokens=20)
     bench.run()
     assert bench.out("later") == greedy(tiny_model, prompt(2, 5), 20)

@@ -8,59 +8,25 @@ Scoring a prompt is reading it with the logprobs kept. Everything here belongs t
 from __future__ import annotations
 
 import logging
-import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from agent_rl.models import ModelError
 from agent_rl.types import BASE_RELEASE
+from server.engines.contract import ABORTED, Busy, PauseMode, Refused, failed, length_reached
 from server.engines.kv import PrefixCache
-from server.engines.protocol import ABORTED, Busy, GenerateRequest, PauseMode, Piece, Refused, failed, length_reached
 from server.engines.runner import Part, Runner
-from server.engines.sampling import Draw, Drawn, sample, score
-from server.engines.stopping import Stopper
+from server.engines.sampling import Drawn, sample, score
+from server.engines.work import Work
 
 log = logging.getLogger("agent_rl.engine")
 
 MAX_CHUNK = 512  # prompt tokens read in one forward
 MAX_CHUNK_BETWEEN = 128  # the same while answers wait for their next token
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """One request on its way."""
-
-    request: GenerateRequest
-    stopper: Stopper
-    emit: Callable[[Piece], None]
-    order: int = 0  # of arrival
-    ids: list[int] = field(default_factory=list)  # prompt and answer
-    out: list[int] = field(default_factory=list)  # answer
-    read: int = 0  # of `ids`, those whose KV is in the row
-    row: int | None = None
-    random: random.Random = field(default_factory=random.Random)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)  # of the answer's ids, where they are penalised
-    cached: int = 0
-    retractions: int = 0
-    kv_mixed: bool = False
-
-    @property
-    def adapter(self) -> str | None:
-        return self.request.lora_path
-
-    @property
-    def internal(self) -> bool:
-        return self.request.priority > 0
-
-    @property
-    def urgency(self) -> tuple[bool, int]:
-        """Least first: users before internal requests, then by arrival."""
-        return self.internal, self.order
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +68,9 @@ class Scheduler:
             raise Refused(f"a request {request.rid} is being answered already")
         if work.adapter is not None and not self._serves(work.adapter):
             raise Refused(f"Got LoRA adapter that has never been loaded: {work.adapter}")
-        if len(self.waiting) >= self.max_queue:
-            raise Busy(f"{len(self.waiting)} requests wait already; engine.max_queue is {self.max_queue}")
+        queue = sum(other.internal == work.internal for other in self.waiting)  # users are not crowded out by our own
+        if queue >= self.max_queue:
+            raise Busy(f"{queue} requests wait already; engine.max_queue is {self.max_queue}")
         self.arrivals += 1
         work.order = self.arrivals
         work.ids = list(request.input_ids)
@@ -172,6 +139,8 @@ class Scheduler:
         if self.swap is None or (self.rows and not self.paused):
             return
         swap, self.swap = self.swap, None
+        if not swap.done.set_running_or_notify_cancel():  # whoever asked has gone
+            return
         try:
             self.runner.replace(swap.folder)
         except Exception as error:  # whatever a folder can have wrong; the old weights still serve
@@ -271,7 +240,7 @@ class Scheduler:
         parts = []
         for work in works:
             ids = work.ids[work.read : work.read + budget]
-            parts.append(Part(ids, work.read, work.adapter, _wanted_logits(work, len(ids))))
+            parts.append(Part(ids, work.read, work.adapter, work.wanted_logits(len(ids))))
         logits = self.runner.forward(self.decoding, parts)
         offset, last = 0, {}
         for work, part in zip(works, parts, strict=True):
@@ -286,7 +255,9 @@ class Scheduler:
         done = [work for work in last if not work.request.scores]
         for work in last:
             if work.request.scores:
-                self._finish(work, length_reached(0))
+                if not all(map(isfinite, work.prompt_logprobs)):
+                    self._forget_kv(work)
+                self._finish(work, length_reached(0), keep=False)
             else:
                 self._exchange(work, self.decoding)
                 self.decoding += 1
@@ -301,29 +272,27 @@ class Scheduler:
         self._draw(works, logits)
 
     def _draw(self, works: Sequence[Work], logits: Any) -> None:
-        for work, drawn in zip(works, sample(logits, [_draw(work) for work in works]), strict=True):
+        for work, drawn in zip(works, sample(logits, [work.draw() for work in works]), strict=True):
             if drawn is None:
-                assert work.row is not None
-                self.runner.slab.clear(work.row)
+                self._forget_kv(work)
                 self._finish(work, failed("the model's logits are not finite"), keep=False)
             else:
-                self._append(work, drawn)
+                finish = work.append(drawn.token)
+                if finish:
+                    self._finish(work, finish, drawn)
+                else:
+                    work.emit(work.piece(self.version, None, drawn))
 
-    def _append(self, work: Work, drawn: Drawn) -> None:
-        work.ids.append(drawn.token)
-        work.out.append(drawn.token)
-        if work.request.sampling_params.penalised:
-            work.counts[drawn.token] += 1
-        finish = work.stopper.reason(work.out)
-        if finish:
-            self._finish(work, finish, drawn)
-        else:
-            work.emit(self._piece(work, None, drawn))
+    def _forget_kv(self, work: Work) -> None:
+        """Of a row that is not finite, and everything that may have come of it."""
+        assert work.row is not None
+        self.runner.slab.clear(work.row)
+        self.prefixes.forget(self._release(work))
 
     # ---------------------------------------------------------------------------------------------------- rows
 
     def _finish(self, work: Work, finish: dict[str, Any], drawn: Drawn | None = None, *, keep: bool = True) -> None:
-        work.emit(self._piece(work, finish, drawn))
+        work.emit(work.piece(self.version, finish, drawn))
         if work.row is None:
             self.waiting.remove(work)
         else:
@@ -369,34 +338,3 @@ class Scheduler:
 
     def _release(self, work: Work) -> str:
         return work.adapter or self.version
-
-    def _piece(self, work: Work, finish: dict[str, Any] | None, drawn: Drawn | None) -> Piece:
-        scored = finish is not None and work.request.logprob_start_len >= 0 and finish["type"] == "length"
-        return Piece(
-            version=self.version,
-            ids=(drawn.token,) if drawn else (),
-            logprobs=(drawn.logprob,) if drawn else (),
-            kept_mass=(drawn.kept_mass,) if drawn else (),
-            kv_mixed=work.kv_mixed,
-            finish=finish,
-            prompt_logprobs=tuple(work.prompt_logprobs) if scored else None,
-            cached_tokens=work.cached,
-            retractions=work.retractions,
-        )
-
-
-def _wanted_logits(work: Work, count: int) -> list[int]:
-    """Of the next `count` positions, those whose logits are needed: all that predict a scored token, or the last."""
-    if not work.request.scores:
-        return [count - 1] if work.read + count == len(work.ids) else []
-    start = work.request.logprob_start_len
-    if start < 0:
-        return []
-    return [i for i in range(count) if start <= work.read + i < len(work.ids) - 1]
-
-
-def _draw(work: Work) -> Draw:
-    params = work.request.sampling_params
-    penalties = {i: n * params.frequency_penalty + params.presence_penalty for i, n in work.counts.items()}
-    uniform = work.random.random() if params.temperature else 0.0
-    return Draw(uniform, params.temperature, params.top_p, params.top_k, params.min_p, params.ratio_free, penalties)

@@ -28,7 +28,16 @@ from agent_rl.models import ModelError, load_adapter, load_tokenizer, tensors_ch
 from agent_rl.settings import Settings
 from agent_rl.types import BASE_RELEASE
 from server.engines import protocol
-from server.engines.protocol import ABORTED, Busy, Description, GenerateRequest, PauseMode, Piece, Refused
+from server.engines.contract import (
+    ABORTED,
+    Busy,
+    Description,
+    GenerateRequest,
+    PauseMode,
+    Piece,
+    Refused,
+    length_reached,
+)
 from server.engines.stopping import Stopper
 
 PROBE = "\x01"  # a message that no template holds
@@ -163,11 +172,11 @@ class ScriptedEngine:
 
     def _score(self, request: GenerateRequest) -> Piece:
         if request.logprob_start_len < 0:
-            return Piece(self.version, finish=protocol.length_reached(0))
+            return Piece(self.version, finish=length_reached(0))
         prompt = request.input_ids[: request.logprob_start_len + 1]
         count = len(request.input_ids) - len(prompt)
         logprobs = tuple(self._rule(request, prompt).logprobs(count))
-        return Piece(self.version, finish=protocol.length_reached(0), prompt_logprobs=logprobs)
+        return Piece(self.version, finish=length_reached(0), prompt_logprobs=logprobs)
 
     def _rule(self, request: GenerateRequest, prompt_ids: list[int]) -> Rule:
         prompt = self.tokenizer.decode(prompt_ids)

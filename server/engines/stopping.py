@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from server.engines.protocol import SamplingParams, length_reached
+from server.engines.contract import SamplingParams, length_reached
 
 
 class Stopper:

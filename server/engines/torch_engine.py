@@ -24,10 +24,11 @@ from fastapi import FastAPI
 from agent_rl.models import load_tokenizer
 from agent_rl.settings import EngineSettings, Settings
 from server.engines import protocol
-from server.engines.protocol import Description, GenerateRequest, PauseMode, Piece, Refused
+from server.engines.contract import Description, GenerateRequest, PauseMode, Piece, Refused
 from server.engines.runner import Runner
-from server.engines.scheduler import MAX_CHUNK, Scheduler, Swap, Work
+from server.engines.scheduler import MAX_CHUNK, Scheduler, Swap
 from server.engines.stopping import Stopper
+from server.engines.work import Work
 
 log = logging.getLogger("agent_rl.engine")
 T = TypeVar("T")
@@ -121,6 +122,8 @@ class TorchEngine:
         future: Future[T] = Future()
 
         def act() -> None:
+            if not future.set_running_or_notify_cancel():  # whoever asked has gone
+                return
             try:
                 future.set_result(command())
             except Exception as error:  # handed to whoever waits
