@@ -26,7 +26,7 @@ def teacher_view(evidence: Evidence, verdict: Verdict, template: str = "hint") -
         return DropReason.RETRACTED if gone else DropReason.NO_HINDSIGHT
     all_said = "\n".join(unique([*evidence.standing, *said]))
     messages = TEMPLATES[template](evidence.transcript.messages, all_said, shown[-1] if shown else None)
-    return DropReason.NO_HINDSIGHT if messages is None else TeacherView(messages, f"{template}/1")
+    return DropReason.NO_HINDSIGHT if messages is None else TeacherView(messages, f"{template}/2")
 
 
 def spoken(evidence: Evidence, verdict: Verdict) -> list[str]:
@@ -54,9 +54,10 @@ def unique(texts: Iterable[str]) -> list[str]:
 
 
 def _hint(messages: tuple[Message, ...], said: str, correction: str | None) -> tuple[Message, ...] | None:
-    """A note under the question, as bare as can be: brackets, instructions or "the user said" make a small teacher
-    talk about the question ("The answer to this question is: …") instead of answering it."""
-    notes = [f"Note about an earlier answer: {said}"] if said else []
+    """What was said, under the question, with no label: a small teacher that reads "the user said" or "note about an
+    earlier answer" obeys less (numbered list, 24 questions, SmolLM2-135M: 4 % with such a label, 83 % without) and
+    talks about the question ("The answer to this question is: …") instead of answering it."""
+    notes = [said] if said else []
     if correction:
         notes.append(f"A better answer was: {correction}")
     return _last_user(messages, lambda content: "\n\n".join([content, *notes]))

@@ -2,16 +2,15 @@
 
 A lesson counts only if the teacher can give it. So the teacher is asked to answer again under its view; where that
 answer does not do what the user asked, the turn is no lesson. Where no rule can tell, the lesson goes on, and the
-method's least divergence between student and teacher decides.
+method's least divergence between student and teacher decides. The re-answer itself is a second sample.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from agent_rl.engine import Engine, EngineRejected, ReleaseNotLoaded
@@ -20,13 +19,13 @@ from agent_rl.experience.store import Store
 from agent_rl.hindsight import spoken
 from agent_rl.judge import obeys
 from agent_rl.rendering import Renderer, RenderError
-from agent_rl.samples import make_sample
+from agent_rl.samples import make_sample, reanswer_sample
 from agent_rl.settings import LearnerSettings
 from agent_rl.types import BASE_RELEASE, Checkpoint, DropReason, Lesson, Sample, Sampling, TeacherView
 
 log = logging.getLogger("agent_rl.learner")
-REANSWER = Sampling(max_tokens=64, temperature=0.0)
-AGREE = 3  # re-answers to the same request that must agree before no more are asked for
+TRIES = (1.0, 0.0)  # temperatures of the re-answers: as the student samples, then the teacher's surest
+REANSWER_TOKENS = 64
 
 
 class Views(Protocol):
@@ -39,6 +38,10 @@ class Views(Protocol):
     @property
     def check_teacher(self) -> bool:
         """Whether the teacher must do in a re-answer what was asked."""
+
+    @property
+    def reanswers(self) -> float:
+        """Weight of the re-answers as samples; 0: they are none."""
 
     def view(self, lesson: Lesson) -> TeacherView | DropReason:
         """What the teacher sees."""
@@ -54,37 +57,45 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted:
+    """One lesson to learn: the student's own answer, and the teacher's where it gave one."""
+
+    own: Sample
+    reanswer: Sample | None
+
+
+@dataclass(frozen=True, slots=True)
 class Intake:
     settings: LearnerSettings
     store: Store
     engine: Engine
     renderer: Renderer
     method: Views
-    abilities: defaultdict[tuple[tuple[str, ...], tuple[str, ...]], deque[bool]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=AGREE))
-    )  # (standing, asked) → how the last re-answers did
 
-    async def samples(self, lessons: Sequence[Lesson], head: Checkpoint | None) -> tuple[list[Sample], list[Refusal]]:
-        """Samples of the fresh lessons that can be learned, and why the others cannot."""
+    async def admit(self, lessons: Sequence[Lesson], head: Checkpoint | None) -> tuple[list[Admitted], list[Refusal]]:
+        """The fresh lessons that can be learned, and why the others cannot."""
         made = await asyncio.gather(*(self._fresh(lesson, head) for lesson in lessons))
-        return [m for m in made if isinstance(m, Sample)], [m for m in made if isinstance(m, Refusal)]
+        return [m for m in made if isinstance(m, Admitted)], [m for m in made if isinstance(m, Refusal)]
 
     def replays(self, lessons: Sequence[Lesson]) -> list[Sample]:
         """Samples of lessons that were learned before; one whose evidence is gone by now is passed over."""
         made = [self._sample(lesson, replay=True) for lesson in lessons]
         return [m for m in made if isinstance(m, Sample)]
 
-    async def _fresh(self, lesson: Lesson, head: Checkpoint | None) -> Sample | Refusal:
+    async def _fresh(self, lesson: Lesson, head: Checkpoint | None) -> Admitted | Refusal:
         sample = self._sample(lesson)
         if isinstance(sample, Refusal):
             return sample
         behind = await self._behind(lesson, head)
         if behind > self.settings.max_staleness:
             return Refusal(lesson.lesson_id, DropReason.STALE, f"{behind} checkpoints behind the head")
-        if self.method.check_teacher and await self._teacher_can(lesson, sample.teacher_prompt_ids) is False:
-            asked = " ".join(spoken(lesson.evidence, lesson.verdict))
-            return Refusal(lesson.lesson_id, DropReason.TEACHER_CANNOT, f"its own answer does not do: {asked}")
-        return sample
+        if not (self.method.check_teacher or self.method.reanswers):
+            return Admitted(sample, None)
+        ids = await self._reanswer(lesson, sample.teacher_prompt_ids)
+        if isinstance(ids, Refusal):
+            return ids
+        weight = self.method.reanswers
+        return Admitted(sample, reanswer_sample(sample, ids, weight) if weight else None)
 
     def _sample(self, lesson: Lesson, *, replay: bool = False) -> Sample | Refusal:
         view = self.method.view(lesson)
@@ -103,25 +114,24 @@ class Intake:
         )
         return sample if isinstance(sample, Sample) else Refusal(lesson.lesson_id, sample, f"view {view.template}")
 
-    async def _teacher_can(self, lesson: Lesson, view_ids: Sequence[int]) -> bool | None:
-        """None where no rule can tell, or where nobody serves the untouched base."""
-        evidence = lesson.evidence
-        asked = tuple(spoken(evidence, lesson.verdict))
-        before = self.abilities[evidence.standing, asked]
-        if len(before) == AGREE and len(set(before)) == 1:
-            return before[0]
-        try:
-            answer = await self.engine.complete(
-                view_ids, REANSWER, release=BASE_RELEASE, stop_ids=self.renderer.stop_ids, priority=1
-            )
-        except (ReleaseNotLoaded, EngineRejected) as error:
-            log.info("no re-answer for lesson %s: %s", lesson.lesson_id, error)
-            return None
-        after = self.renderer.answer(answer.ids).content
-        can = obeys("\n".join(asked), evidence.transcript.turn.answer.content, after)
-        if can is not None:
-            before.append(can)
-        return can
+    async def _reanswer(self, lesson: Lesson, view_ids: Sequence[int]) -> tuple[int, ...] | Refusal:
+        """The teacher's own answer under its view, if it does what was asked or no rule can tell; () where nobody
+        serves the untouched base."""
+        asked = "\n".join(spoken(lesson.evidence, lesson.verdict))
+        before = lesson.evidence.transcript.turn.answer.content
+        for temperature in TRIES:
+            sampling = Sampling(max_tokens=REANSWER_TOKENS, temperature=temperature)
+            try:
+                done = await self.engine.complete(
+                    view_ids, sampling, release=BASE_RELEASE, stop_ids=self.renderer.stop_ids, priority=1
+                )
+            except (ReleaseNotLoaded, EngineRejected) as error:
+                log.info("no re-answer for lesson %s: %s", lesson.lesson_id, error)
+                return ()
+            can = obeys(asked, before, self.renderer.answer(done.ids).content)
+            if can is not False or not self.method.check_teacher:
+                return done.ids
+        return Refusal(lesson.lesson_id, DropReason.TEACHER_CANNOT, f"its own answer does not do: {asked}")
 
     async def _behind(self, lesson: Lesson, head: Checkpoint | None) -> int:
         """Checkpoints between the oldest release that sampled this turn and the head."""

@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -33,7 +33,7 @@ from agent_rl.experience import lessons as pool
 from agent_rl.experience import lineage
 from agent_rl.experience.lineage import HeadMoved, LeaseLost
 from agent_rl.experience.store import Store, StoreUnavailable
-from agent_rl.intake import Intake, Refusal, Views
+from agent_rl.intake import Admitted, Intake, Refusal, Views
 from agent_rl.methods import METHODS
 from agent_rl.models import base_hash, tokenizer_hash
 from agent_rl.objectives.rows import Rows
@@ -101,7 +101,7 @@ class Learner:
     base: str  # hash of the base
     tokenizer: str  # hash of the tokenizer
     worker: ThreadPoolExecutor
-    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    owner: str  # the same for a learner that is started again, so that it need not wait for its own old lease
 
     @property
     def options(self) -> LearnerSettings:
@@ -156,9 +156,9 @@ class Learner:
         self, lease: Lease, head: Checkpoint | None, lessons: Sequence[Lesson], uncommitted: bool
     ) -> list[StepMetrics]:
         """One update by these lessons; none where every one of them is dropped."""
-        fresh, refused = await self.intake.samples(lessons, head)
+        admitted, refused = await self.intake.admit(lessons, head)
         await self.drop(lease, refused)
-        if not fresh:
+        if not admitted:
             return []
         seed = self.options.seed + self.backend.steps
         again = self.intake.replays(await pool.claim_replays(self.store, lease, self.options.replays_per_step, seed))
@@ -166,9 +166,9 @@ class Learner:
             _release_id(lease.policy_id, head)
         }
         try:
-            step, weak = await self.work(self.update, fresh, again, on_head)
+            step, weak = await self.work(self.update, admitted, again, on_head)
         except NotFinite as error:
-            await self.drop(lease, [Refusal(s.lesson_id, DropReason.NOT_FINITE, str(error)) for s in fresh])
+            await self.drop(lease, [Refusal(a.own.lesson_id, DropReason.NOT_FINITE, str(error)) for a in admitted])
             return []
         await self.drop(lease, weak)
         return [step] if step else []
@@ -179,10 +179,11 @@ class Learner:
             await pool.drop(self.store, lease, refusal.lesson_id, refusal.reason, refusal.detail)
 
     def update(
-        self, fresh: list[Sample], again: list[Sample], on_head: bool
+        self, admitted: list[Admitted], again: list[Sample], on_head: bool
     ) -> tuple[StepMetrics | None, list[Refusal]]:
         """One step of the optimizer (in the worker), and the lessons on which student and teacher agree anyway."""
         start = time.perf_counter()
+        fresh = [a.own for a in admitted]
         scores = self.backend.forward_backward(fresh, self.method.loss, self.method.min_gap)
         learned = [s for s, score in zip(fresh, scores, strict=True) if score.loss is not None]
         weak = [
@@ -194,9 +195,15 @@ class Learner:
             return None, weak
         if again:
             scores += self.backend.forward_backward(again, self.method.loss)
+        kept = {s.lesson_id for s in learned}
+        shown = [a.reanswer for a in admitted if a.reanswer and a.reanswer.lesson_id in kept]
+        reanswers = self.backend.forward_backward(shown, self.method.loss) if shown else []
         lr = self.options.lr * math.sqrt(len(learned) / self.options.lessons_per_step)
         norm = self.backend.step(lr)
         scored = [score for score in scores if score.loss is not None]
+        values = means(scored) | {"on_head": float(on_head), "reanswers": float(len(shown))}
+        values |= {f"reanswer_{name}": value for name, value in (means(reanswers) if reanswers else {}).items()}
+        scored += reanswers
         tokens = sum(score.tokens for score in scored)
         step = StepMetrics(
             step=self.backend.steps,
@@ -208,7 +215,7 @@ class Learner:
             grad_norm=norm,
             lr=lr,
             seconds=time.perf_counter() - start,
-            values=means(scored) | {"on_head": float(on_head)},
+            values=values,
         )
         log.info(
             "step %d: %d lessons, %d replays, %d tokens, loss %.4f, reverse KL %.4f, %.1f s",
@@ -277,7 +284,8 @@ async def _assemble(settings: Settings, worker: ThreadPoolExecutor) -> Learner:
     store = await Store.open(settings.database_url)
     intake = Intake(options, store, engine, Renderer(folder), method)
     base, tokenizer = base_hash(folder), tokenizer_hash(folder)
-    return Learner(settings, store, engine, intake, backend, method, base, tokenizer, worker)
+    owner = f"{socket.gethostname()}:{settings.home.resolve()}"
+    return Learner(settings, store, engine, intake, backend, method, base, tokenizer, worker, owner)
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ like any other token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from agent_rl.types import DropReason, Lesson, Sample
 
@@ -47,4 +48,23 @@ def make_sample(
         temperature=turn.sampling.temperature,
         score=lesson.verdict.score,
         replay=replay,
+    )
+
+
+def reanswer_sample(own: Sample, response_ids: Sequence[int], weight: float) -> Sample | None:
+    """The teacher's own answer under the view of `own`, to be learned under the student's prompt; None if it is empty.
+
+    It was sampled by nobody's policy but the teacher's, so it has no behaviour logprobs.
+    """
+    if not response_ids:
+        return None
+    n = len(response_ids)
+    return replace(
+        own,
+        response_ids=tuple(response_ids),
+        response_mask=(True,) * n,
+        behavior_logprobs=(None,) * n,
+        temperature=1.0,
+        weight=weight,
+        by_teacher=True,
     )

@@ -135,6 +135,8 @@ class MethodSettings(Section):
     """Least mean reverse KL between student and teacher for a turn to be a lesson, in nats per token."""
     check_teacher: bool = True
     """Whether the teacher must do what was asked in its own re-answer before it may teach."""
+    reanswers: float = Field(1.0, ge=0)
+    """Weight of the teacher's re-answers, learned by forward KL beside the student's own answers; 0 leaves them out."""
 
 
 class LearnerSettings(Section):
@@ -152,9 +154,9 @@ class LearnerSettings(Section):
     """Whose weights score the teacher view. `live` collapsed in every trial at a useful learning rate."""
     ema_rate: float = Field(0.02, gt=0, le=1)
     """Share of the student in each update of the `ema` teacher."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(7e-4, gt=0)
     """Learning rate at `lessons_per_step` lessons; fewer lessons take the square root of their share."""
-    lessons_per_step: int = Field(8, gt=0)
+    lessons_per_step: int = Field(4, gt=0)
     """Fresh lessons in one update."""
     max_wait_s: float = Field(10.0, ge=0)
     """A lesson that has waited this long is learned with what there is."""

@@ -272,6 +272,7 @@ class Sample:
     score: int | None = None
     weight: float = 1.0
     replay: bool = False
+    by_teacher: bool = False  # the response is the teacher's own answer under its view, and no turn of the student's
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,8 @@ async def _start(supervisor: Supervisor, settings: Settings, file: Path, show: S
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if name != "engine":
             environment["OMP_NUM_THREADS"] = "1"
-        await supervisor.start(Role(name, _command(f"role {name}", file), environment=environment))
+        stop_s = 30.0 if name == "learner" else 10.0  # it ends the update that it is in, and commits it
+        await supervisor.start(Role(name, _command(f"role {name}", file), stop_s, environment))
     url = f"{base_url(settings)}/readyz"
     await _wait_for(lambda: _answers(url), 120, "the gateway does not become ready", settings)
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     try:
         publisher = Publisher(settings, store, engine, Renderer(settings.engine.model))
         while not stop.is_set():
-            await publisher.round()
+            await _unless(stop, publisher.round())  # an exam takes a while, and can be held again
             await _pause(stop, settings.release.poll_s)
     finally:
         await engine.close()
@@ -278,3 +278,15 @@ async def _pause(stop: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(stop.wait(), seconds)
     except TimeoutError:
         return
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[None, None, None]) -> None:
+    """Do the work, or leave it when told to stop."""
+    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel(), stopped.cancel()
+        await asyncio.gather(working, stopped, return_exceptions=True)

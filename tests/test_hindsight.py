@@ -33,7 +33,7 @@ def test_hint_extends_the_last_user_message_and_leaves_the_rest() -> None:
     made = view(evidence(*history), verdict())
     assert made[:3] == history[:3]
     assert made[3].role == "user"
-    assert made[3].content == "What is tea?\n\nNote about an earlier answer: Be short."
+    assert made[3].content == "What is tea?\n\nBe short."
 
 
 def test_hint_goes_to_the_user_even_where_a_tool_spoke_last() -> None:

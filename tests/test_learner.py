@@ -28,7 +28,7 @@ from server.engines.scripted import create_app
 
 HINT = "Too long. Please answer in one short sentence."
 LONG = "Tea is a hot drink made from leaves. The capital of France is Paris. How do birds fly?"
-OBEYS = {"default": {"text": LONG}, "rules": [{"prompt": "Note about an earlier answer", "text": "A hot drink."}]}
+OBEYS = {"default": {"text": LONG}, "rules": [{"prompt": "Too long", "text": "A hot drink."}]}
 CANNOT = {"default": {"text": LONG}, "rules": []}
 
 
@@ -53,7 +53,15 @@ async def engine(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Callable[[di
 
 
 def make_settings(tmp_path: Path, model: Path, url: str, **options: Any) -> Settings:
-    chosen = {"dtype": "float32", "lessons_per_step": 2, "steps_per_checkpoint": 1, "max_wait_s": 60.0, **options}
+    chosen = {
+        "dtype": "float32",
+        "lr": 1e-3,
+        "method": {"min_gap": 0.001},
+        "lessons_per_step": 2,
+        "steps_per_checkpoint": 1,
+        "max_wait_s": 60.0,
+        **options,
+    }
     return Settings(home=tmp_path, engine={"url": url, "model": model}, learner=chosen)  # type: ignore[arg-type]
 
 
@@ -168,7 +176,7 @@ async def test_complaints_become_a_candidate(tiny_model: Path, tmp_path: Path, s
     assert metrics[0]["values"]["on_head"] == 1.0  # sampled by the base, scored by the base
     assert metrics[1]["values"]["on_head"] == 0.0
     assert metrics[0]["lr"] == 1e-3
-    assert metrics[0]["loss"] == pytest.approx(metrics[0]["values"]["reverse_kl"])
+    assert metrics[0]["values"]["reanswers"] == 2.0
     assert (await lineage.acquire(store, "default", "another", 1.0)) is not None  # the lease was given back
 
 

@@ -19,8 +19,8 @@ STUDENT = torch.tensor([[2, 1, 0.3, -0.4, -1.1]]).log_softmax(-1)
 TEACHER = torch.tensor([[0.5, 2.2, -0.3, 0.9, -1.5]]).log_softmax(-1)
 
 
-def rows(behavior: float = math.nan) -> Rows:
-    return Rows(STUDENT, TEACHER, torch.tensor([1]), torch.tensor([behavior]))
+def rows(behavior: float = math.nan, by_teacher: bool = False) -> Rows:
+    return Rows(STUDENT, TEACHER, torch.tensor([1]), torch.tensor([behavior]), torch.tensor([by_teacher]))
 
 
 def test_the_settings_of_a_method_are_its_fields() -> None:
@@ -45,6 +45,12 @@ def test_each_objective_on_five_tokens(divergence: str, top_k: int, loss: float)
     assert method.loss(rows()).tolist() == pytest.approx([loss], abs=1e-5)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "sampled"])
+def test_the_teachers_own_answers_are_learned_by_forward_kl(divergence: str) -> None:
+    method = UserHindsight(divergence=divergence, top_k=2)
+    assert method.loss(rows(by_teacher=True)).tolist() == pytest.approx([0.658331], abs=1e-5)
+
+
 def test_the_sampled_objective_clips_its_advantage_and_caps_its_ratio() -> None:
     method = UserHindsight(divergence="sampled", advantage_clip=0.5, ratio_cap=2.0)
     assert method.loss(rows()).item() == pytest.approx(0.5 * 1.522555, abs=1e-5)  # ratio-free
@@ -58,7 +64,7 @@ def test_the_view_is_that_of_the_chosen_template() -> None:
     evidence = Evidence(Transcript(turn, turn.prompt_ids, (user("What is tea?"),)), 1, (), (), ())
     lesson = Lesson("l1", "p1", "t1", 1, "user_hindsight", make_verdict(evidence), evidence)
     assert UserHindsight(hindsight="plain").view(lesson) == TeacherView(
-        (user("What is tea?"), user("be short")), "plain/1"
+        (user("What is tea?"), user("be short")), "plain/2"
     )
     nothing = Lesson("l1", "p1", "t1", 1, "user_hindsight", make_verdict(evidence, hint=None), evidence)
     assert UserHindsight().view(nothing) is DropReason.NO_HINDSIGHT

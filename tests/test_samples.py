@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from nouns import make_turn
 
-from agent_rl.samples import make_sample
+from agent_rl.samples import make_sample, reanswer_sample
 from agent_rl.types import DropReason, Evidence, Lesson, Sample, Sampling, Span, Transcript, Verdict
 
 VIEW = (1, 8, 9, 2)
@@ -57,3 +57,17 @@ def test_a_method_that_needs_behaviour_logprobs() -> None:
     greedy = lesson(response_ids=(4, 5), behavior_logprobs=(None, None))
     assert make_sample(greedy, VIEW, max_tokens=99, needs_behavior=True) is DropReason.NO_LOGPROBS
     assert isinstance(make_sample(greedy, VIEW, max_tokens=99), Sample)
+
+
+def test_the_teachers_answer_stands_under_the_same_two_prompts() -> None:
+    own = make_sample(
+        lesson(prompt_ids=(1, 2), response_ids=(4, 5), behavior_logprobs=(-0.5, -0.5)), VIEW, max_tokens=99
+    )
+    assert isinstance(own, Sample)
+    made = reanswer_sample(own, (7, 8, 2), 0.5)
+    assert made is not None
+    assert (made.prompt_ids, made.teacher_prompt_ids) == (own.prompt_ids, own.teacher_prompt_ids)
+    assert (made.response_ids, made.response_mask) == ((7, 8, 2), (True, True, True))
+    assert made.behavior_logprobs == (None, None, None)  # the policy never sampled it
+    assert (made.weight, made.by_teacher, own.by_teacher) == (0.5, True, False)
+    assert reanswer_sample(own, (), 0.5) is None

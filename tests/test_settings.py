@@ -61,6 +61,7 @@ learner.method.ratio_cap
 learner.method.hindsight
 learner.method.min_gap
 learner.method.check_teacher
+learner.method.reanswers
 learner.teacher
 learner.ema_rate
 learner.lr

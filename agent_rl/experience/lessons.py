@@ -244,6 +244,18 @@ async def drop(store: Store, lease: Lease, lesson_id: str, reason: DropReason, d
             )
 
 
+async def pending(store: Store, policy_id: str) -> int:
+    """How much of what was said is still on its way: lessons not yet used or dropped, releases not yet examined."""
+    waiting = lessons.c.policy_id == policy_id, lessons.c.state.in_(["ready", "claimed"])
+    unexamined = releases.c.policy_id == policy_id, releases.c.state.in_(["staged", "examining", "canary"])
+    async with store.read() as connection:
+        counts = [
+            (await connection.execute(select(func.count()).select_from(table).where(*where))).scalar_one()
+            for table, where in ((lessons, waiting), (releases, unexamined))
+        ]
+    return sum(counts)
+
+
 async def release_lessons(store: Store, lease: Lease, lesson_ids: Sequence[str]) -> None:
     """Give claimed lessons back unused. No error if the lease is lost: whoever has it now takes them over."""
     claimed = and_(lessons.c.state == "claimed", lessons.c.claim_epoch == lease.epoch)

@@ -1,8 +1,11 @@
 """Hindsight self-distillation from what users say next (arXiv 2603.12273, with a frozen teacher by default).
 
-trajectories    the user's own conversations, as they were sampled; a turn counts once somebody said how to do better
+trajectories    the user's own conversations, as they were sampled, once somebody said how to do better; beside each,
+                the teacher's own answer to the same request (GKD's mixture of student and teacher sequences,
+                arXiv 2306.13649): it shows tokens that the student would never sample, such as the "1." of a list
 teacher signal  the same weights under the request and that hindsight, scoring the same response tokens
-objective       a divergence between student and teacher on each response token, or the sampled-token advantage
+objective       on the student's answers a divergence of choice, or the sampled-token advantage; on the teacher's
+                forward KL
 guards          the teacher must be able to do what was asked; a turn on which both already agree is none
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from agent_rl.hindsight import teacher_view
@@ -30,6 +34,7 @@ class UserHindsight:
     hindsight: str = "hint"
     min_gap: float = 0.02
     check_teacher: bool = True
+    reanswers: float = 1.0
 
     name = "user_hindsight"
     needs_behavior = False  # without one a token is ratio-free
@@ -38,7 +43,13 @@ class UserHindsight:
         return teacher_view(lesson.evidence, lesson.verdict, self.hindsight)
 
     def loss(self, rows: Rows) -> Tensor:
-        """Per token, [N]."""
+        """Per token, [N]: the divergence chosen on the student's own answers, forward KL on the teacher's."""
+        own_N = self._own(rows)
+        if not rows.by_teacher_N.any():
+            return own_N
+        return torch.where(rows.by_teacher_N, forward_kl(rows.student_NV, rows.teacher_NV), own_N)
+
+    def _own(self, rows: Rows) -> Tensor:
         if self.divergence == "sampled":
             student_N = rows.student_N
             advantage_N = log_ratio_advantage(student_N, rows.teacher_N, self.advantage_clip)

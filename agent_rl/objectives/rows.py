@@ -18,6 +18,7 @@ class Rows:
     teacher_NV: Tensor  # without
     token_N: Tensor  # the sampled ids
     behavior_N: Tensor  # log-probability when sampled; NaN: there is none
+    by_teacher_N: Tensor  # true where the teacher answered, not the student
 
     @property
     def student_N(self) -> Tensor:

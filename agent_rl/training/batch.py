@@ -33,6 +33,7 @@ class Batch:
     behavior_N: Tensor  # NaN: none
     temperature_N: Tensor  # 1 where the response was greedy
     weight_N: Tensor
+    by_teacher_N: Tensor
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, device: str = "cpu") -> Iterator[Batch]:
@@ -50,13 +51,14 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, device: str = "cpu
 
 def make_batch(samples: Sequence[Sample], chosen: Sequence[int], device: str = "cpu") -> Batch:
     picked = [samples[i] for i in chosen]
-    token, behavior, temperature, weight = [], [], [], []
+    token, behavior, temperature, weight, by_teacher = [], [], [], [], []
     for s in picked:
         kept = [r for r, with_loss in enumerate(s.response_mask) if with_loss]
         token += [s.response_ids[r] for r in kept]
         behavior += [float("nan") if s.behavior_logprobs[r] is None else s.behavior_logprobs[r] for r in kept]
         temperature += [s.temperature or 1.0] * len(kept)
         weight += [s.weight] * len(kept)
+        by_teacher += [s.by_teacher] * len(kept)
     return Batch(
         samples=tuple(chosen),
         student=_side([s.prompt_ids for s in picked], picked, device),
@@ -65,6 +67,7 @@ def make_batch(samples: Sequence[Sample], chosen: Sequence[int], device: str = "
         behavior_N=torch.tensor(behavior, device=device),
         temperature_N=torch.tensor(temperature, device=device),
         weight_N=torch.tensor(weight, device=device),
+        by_teacher_N=torch.tensor(by_teacher, device=device),
     )
 
 

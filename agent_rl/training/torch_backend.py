@@ -156,7 +156,7 @@ class TorchBackend:
             student_NV = _logprobs(model, student_ND[chunk], temperature)
         with torch.no_grad(), self.teacher.scoring(self.weights) as model:
             teacher_NV = _logprobs(model, teacher_ND[chunk], temperature)
-        return Rows(student_NV, teacher_NV, batch.token_N[chunk], batch.behavior_N[chunk])
+        return Rows(student_NV, teacher_NV, batch.token_N[chunk], batch.behavior_N[chunk], batch.by_teacher_N[chunk])
 
     def _backward(self, batch: Batch, student_ND: Tensor, teacher_ND: Tensor, rows: Tensor, loss: Loss) -> Tensor:
         """Gradients of the summed loss of `rows`; returns their weighted losses."""
