@@ -24,7 +24,7 @@ def verdict(hint: str | None = "Be short.", source: str = "rules", related: bool
 def view(seen: Evidence, said: Verdict, template: str = "hint") -> tuple[Message, ...]:
     made = teacher_view(seen, said, template)
     assert isinstance(made, TeacherView), made
-    assert made.template == f"{template}/1"
+    assert made.template == f"{template}/2"
     return made.messages
 
 
