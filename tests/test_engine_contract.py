@@ -213,6 +213,7 @@ async def test_abort_ends_an_answer_with_what_it_has(server: Server) -> None:
 async def test_closing_a_stream_aborts_it(server: Server) -> None:
     stream = server.engine.stream(server.prompt("long"), LONG_ANSWER, rid="a")
     await anext(stream)
+    await server.engine.pause("in_place")  # it cannot just end by itself
     assert await server.load("running") == 1
     await stream.aclose()
     await running_becomes(server, 0)
@@ -221,6 +222,7 @@ async def test_closing_a_stream_aborts_it(server: Server) -> None:
 async def test_hanging_up_on_a_whole_answer_aborts_it(server: Server) -> None:
     task = asyncio.create_task(server.engine.complete(server.prompt("long"), LONG_ANSWER))
     await running_becomes(server, 1)
+    await server.engine.pause("in_place")
     task.cancel()
     await asyncio.wait({task})
     await running_becomes(server, 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engines import make_adapter
 from tiny import make_model
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from agent_rl.models import ModelError, load_model
 from server.engines import runner
@@ -274,6 +274,65 @@ def test_the_next_turn_reuses_the_conversation(bench: Bench, tiny_model: Path) -
     assert bench.out("same") == bench.out("first")
 
 
+def test_a_user_overtakes_an_internal_reader_with_the_kv_it_has(bench: Bench, tiny_model: Path) -> None:
+    bench.ask("first", prompt(1, 40))
+    bench.ask("talking", prompt(2, 5), tokens=30)
+    bench.scheduler.step()
+    while bench.pieces["first"][-1].finish is None:
+        bench.scheduler.step()
+    bench.ask("internal", prompt(3, 600), priority=1)
+    bench.scheduler.step()
+    second = [*prompt(1, 40), *bench.out("first"), *prompt(4, 9)]
+    bench.ask("second", second)
+    bench.scheduler.step()
+    assert bench.out("second")
+    assert not bench.out("internal")
+    bench.run()
+    assert bench.last("second").cached_tokens == 47
+    assert bench.out("second") == greedy(tiny_model, second, 8)
+    assert bench.out("internal") == greedy(tiny_model, prompt(3, 600), 8)
+
+
+def test_no_kv_outlives_the_weights_that_made_it(bench: Bench, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "model", seed=1)
+    ids = prompt(1, 40)
+    bench.ask("before", ids)
+    bench.run()
+    swap = Swap(other, "base", Future())  # under the same name
+    bench.scheduler.plan_swap(swap, abort=False)
+    bench.ask("after", ids)
+    bench.run()
+    assert (bench.last("after").cached_tokens, bench.out("after")) == (0, greedy(other, ids, 8))
+
+
+def test_mixed_kv_is_not_kept(bench: Bench, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "model", seed=1)
+    ids = prompt(1, 40)
+    bench.ask("mixed", ids)
+    bench.scheduler.step()
+    bench.scheduler.pause("in_place")
+    bench.scheduler.plan_swap(Swap(other, "w1", Future()), abort=False)
+    bench.scheduler.step()
+    bench.scheduler.resume()
+    bench.run()
+    assert [piece.kv_mixed for piece in bench.pieces["mixed"]] == [False] * 2 + [True] * 6
+    bench.ask("next", ids)
+    bench.run()
+    assert (bench.last("next").cached_tokens, bench.out("next")) == (0, greedy(other, ids, 8))
+
+
+def test_padding_never_looks_like_a_longer_context(tmp_path: Path) -> None:
+    model = tiny_family(GPT2Config, tmp_path)  # fails at positions that it has not learned: 1024 and more
+    bench = Bench(model)
+    bench.ask("long", prompt(1, 890), tokens=1)
+    bench.run()
+    bench.ask("again", prompt(1, 890), tokens=1)
+    bench.ask("beside", prompt(2, 250), tokens=1)
+    bench.run()
+    assert bench.out("again") == bench.out("long")
+    assert bench.out("beside") == greedy(model, prompt(2, 250), 1)
+
+
 def test_releases_share_no_kv(bench: Bench, tiny_model: Path, tmp_path: Path) -> None:
     bench.scheduler.load_adapter("r1", make_adapter(tmp_path / "r1", tiny_model, 1))
     bench.ask("base", prompt(1, 40))
@@ -363,9 +422,10 @@ def test_logits_that_are_not_finite_end_their_request_and_leave_no_trace(bench: 
     bench.run()
     assert bench.last("bad").finish["message"] == "the model's logits are not finite"  # type: ignore[index]
     assert bench.last("scored").prompt_logprobs == pytest.approx((float("nan"),) * 2, nan_ok=True)
-    bench.ask("later", prompt(2, 5), tokens=20)
+    for n in range(4):  # one in each row
+        bench.ask(f"later{n}", prompt(n, 2), tokens=9)
     bench.run()
-    assert bench.out("later") == greedy(tiny_model, prompt(2, 5), 20)
+    assert [bench.out(f"later{n}") for n in range(4)] == [greedy(tiny_model, prompt(n, 2), 9) for n in range(4)]
 
 
 def test_penalties_change_the_answer_and_have_no_logprob(bench: Bench) -> None:
