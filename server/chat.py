@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import httpx
 from openai import APIError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
@@ -57,7 +56,7 @@ class Talk:
             self.console.print("there is no answer to rate yet")
             return
         body = {"turn_id": self.turn_id, "value": value, "comment": comment or None}
-        self.client.post("/feedback", body=body, cast_to=httpx.Response)
+        self.client.post("/feedback", body=body, cast_to=object)
         self.console.print("[dim]noted[/dim]")
 
 
