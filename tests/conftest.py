@@ -17,12 +17,19 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tiny import make_model
 
 from agent_rl.experience.store import Store, migrate
+from agent_rl.models import prepare_smollm2
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the two-layer ChatML model."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, turned from its package's GGUF file."""
+    return prepare_smollm2(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 # ------------------------------------------------------------------------------------------------ databases

@@ -13,7 +13,7 @@ from gateway import serving
 
 from agent_rl.engine import Engine
 from agent_rl.exam import Answer, Examiner, Sitting, draw, examine, kl, mean, objections, probes, retention_texts, win
-from agent_rl.models import LoraConfig, prepare_smollm2, save_adapter
+from agent_rl.models import LoraConfig, save_adapter
 from agent_rl.rendering import Renderer
 from agent_rl.settings import EngineSettings, ReleaseSettings, Settings
 from agent_rl.types import BASE_RELEASE, Finish, Message
@@ -172,14 +172,13 @@ COLLAPSES = [["Thanks."], ["The answer is not available."]]
 
 @pytest.mark.real
 @pytest.mark.timeout(600)
-async def test_collapses_fall_to_chance_on_the_real_model_and_short_answers_do_not(tmp_path: Path) -> None:
-    model = prepare_smollm2(tmp_path / "model")
-    settings = Settings(engine=EngineSettings(model=model, threads=1))
+async def test_collapses_fall_to_chance_on_the_real_model_and_short_answers_do_not(smollm2: Path) -> None:
+    settings = Settings(engine=EngineSettings(model=smollm2, threads=1))
     options = ReleaseSettings(probes=4, probe_max_tokens=16, max_kl_to_live=99)
     async with serving(torch_engine.create_app(settings)) as url:
-        engine, renderer = Engine(url), Renderer(model)
+        engine, renderer = Engine(url), Renderer(smollm2)
         examiner = Examiner(engine, renderer)
-        perplexity = await examiner._perplexity(BASE_RELEASE)
+        perplexity = await examiner.perplexity(BASE_RELEASE)
 
         async def measured(texts: dict[str, str]) -> float:
             sat = answers(renderer, texts)
