@@ -1,4 +1,5 @@
 # make serve   install, then run everything on this machine: http://127.0.0.1:8000
+# make chat    talk to it in a terminal
 # make demo    watch the served model learn a preference from a simulated user
 # make test    lint, types, tests
 # Options of the commands go into ARGS: make serve ARGS="--port 9000"

@@ -108,7 +108,8 @@ class Examiner:
         values |= {
             "loops": fmean((compression(a.text) or 1.0) < LOOP for a in sitting.answers),
             "length_ratio": _ratio(values["length_mean"], base["length_mean"]),
-            "truncation_increase": values["truncation_rate"] - self.summaries[live]["truncation_rate"],
+            "truncation_increase": values["truncation_rate"]
+            - max(self.summaries[live]["truncation_rate"], base["truncation_rate"]),
             "perplexity": sitting.perplexity,
             "perplexity_ratio": _ratio(sitting.perplexity, await self.perplexity(reference)),
             "kl_to_live": kl(sitting.logprobs, under_live),

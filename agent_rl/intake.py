@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent_rl.engine import Engine, EngineRejected, ReleaseNotLoaded
+from agent_rl.engine import Engine, EngineError, EngineUnavailable
 from agent_rl.experience import lineage
 from agent_rl.experience.store import Store
 from agent_rl.hindsight import spoken
@@ -115,8 +115,8 @@ class Intake:
         return sample if isinstance(sample, Sample) else Refusal(lesson.lesson_id, sample, f"view {view.template}")
 
     async def _reanswer(self, lesson: Lesson, view_ids: Sequence[int]) -> tuple[int, ...] | Refusal:
-        """The teacher's own answer under its view, if it does what was asked or no rule can tell; () where nobody
-        serves the untouched base."""
+        """The teacher's own answer under its view, if it does what was asked or no rule can tell; () where the
+        engine has none to give."""
         asked = "\n".join(spoken(lesson.evidence, lesson.verdict))
         before = lesson.evidence.transcript.turn.answer.content
         for temperature in TRIES:
@@ -125,7 +125,9 @@ class Intake:
                 done = await self.engine.complete(
                     view_ids, sampling, release=BASE_RELEASE, stop_ids=self.renderer.stop_ids, priority=1
                 )
-            except (ReleaseNotLoaded, EngineRejected) as error:
+            except EngineUnavailable:
+                raise
+            except EngineError as error:  # it refuses, has no base, or gave the answer up
                 log.info("no re-answer for lesson %s: %s", lesson.lesson_id, error)
                 return ()
             can = obeys(asked, before, self.renderer.answer(done.ids).content)

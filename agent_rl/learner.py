@@ -28,7 +28,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from agent_rl.engine import Engine, EngineUnavailable
+from agent_rl.engine import Engine, EngineError
 from agent_rl.experience import lessons as pool
 from agent_rl.experience import lineage
 from agent_rl.experience.lineage import HeadMoved, LeaseLost
@@ -82,7 +82,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             while not stop.is_set():
                 try:
                     await learner.hold(stop)
-                except (LeaseLost, StoreUnavailable, EngineUnavailable) as error:
+                except (LeaseLost, StoreUnavailable, EngineError) as error:
                     log.warning("starting over from the head: %s", error)
                     await _pause(stop, 1.0)
         finally:

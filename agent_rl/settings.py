@@ -142,8 +142,6 @@ class MethodSettings(Section):
 class LearnerSettings(Section):
     enabled: bool = True
     """Whether `serve` starts a learner."""
-    backend: Literal["torch"] = "torch"
-    """What runs the updates."""
     tuning: Literal["lora", "full"] = "lora"
     """An adapter over the frozen base, or all weights."""
     lora: LoraSettings = LoraSettings()
@@ -151,7 +149,7 @@ class LearnerSettings(Section):
     method: MethodSettings = MethodSettings()
     """The method and its own settings."""
     teacher: Literal["frozen", "ema", "live"] = "frozen"
-    """Whose weights score the teacher view. `live` collapsed in every trial at a useful learning rate."""
+    """Whose weights score the teacher view. `live` collapses at a useful learning rate, whatever the objective."""
     ema_rate: float = Field(0.02, gt=0, le=1)
     """Share of the student in each update of the `ema` teacher."""
     lr: float = Field(7e-4, gt=0)
@@ -167,7 +165,7 @@ class LearnerSettings(Section):
     max_staleness: int = Field(64, ge=0)
     """Most checkpoints that a turn's release may lie behind the head."""
     max_attempts: int = Field(2, ge=1)
-    """Times a lesson may be used afresh again after the branch that used it was cut off."""
+    """Most fresh uses of a lesson: after the branch that used it was cut off it waits again, until then."""
     max_tokens: int = Field(1024, gt=0)
     """Longest prompt plus response that is trained on."""
     grad_clip: float = Field(1.0, gt=0)
@@ -198,7 +196,7 @@ class ReleaseSettings(Section):
     max_repetition: float = Field(0.3, ge=0, le=1)
     """Highest mean share of repeated 3-grams in the probes' answers."""
     max_truncation_increase: float = Field(0.25, ge=0, le=1)
-    """How much more often than live a candidate may run into the token limit."""
+    """How much more often than live, and than the base, a candidate may run into the token limit."""
     min_length_ratio: float = Field(0.1, ge=0)
     """Least mean answer length, as a share of the base's."""
     max_perplexity_ratio: float = Field(1.05, gt=0)
@@ -253,6 +251,10 @@ class Settings(BaseSettings):
     @property
     def redis_url(self) -> str:
         return self.store.redis or f"unix://{self.home.resolve() / 'redis' / 'redis.sock'}"
+
+    @property
+    def smollm2_dir(self) -> Path:
+        return self.home.resolve() / "models" / "smollm2-135m-instruct"
 
     @property
     def checkpoints_dir(self) -> Path:

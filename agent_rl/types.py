@@ -249,7 +249,7 @@ class TeacherView:
     """The privileged prompt under which the same response ids are scored again. Never holds the scored answer."""
 
     messages: tuple[Message, ...]
-    template: str  # which hindsight template made it, e.g. "hint/1"
+    template: str  # which hindsight template made it, and its version: "hint/2"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -28,6 +31,8 @@ from server.metrics import Metrics
 from server.refusal import Refusal, openai_error
 from server.sessions import Sessions
 from server.wires import WIRES
+
+log = logging.getLogger("agent_rl.gateway")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -99,10 +104,18 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
 
 @asynccontextmanager
 async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """`work` beside the block, cancelled at its end."""
+    """`work` beside the block, cancelled at its end. If it fails, so does this process: the supervisor starts another,
+    which goes on from the journal."""
     task = asyncio.create_task(work)
+    task.add_done_callback(_end_if_failed)
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _end_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("the gateway cannot go on", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,22 +95,22 @@ def demo(
     """A simulated user with a preference talks to the server; watch the model take it up."""
     from server.demo import command
 
-    config, overrides = options(None, sets, home=home)
     if start:
-        settings = load(config, overrides)
-        asyncio.run(command.with_server(settings, interactions, questions, scenario, teacher_messages, console))
+        settings = load(*options(None, sets, home=home))
+        play: Any = command.with_server
     else:
         settings = read_settings(run_file(home))
-        asyncio.run(command.run(settings, interactions, questions, scenario, teacher_messages, console))
+        play = command.run
+    view = partial(teacher_messages, settings.learner.method.hindsight)
+    asyncio.run(play(settings, interactions, questions, scenario, view, console))
 
 
-def teacher_messages(question: str, complaint: str) -> Any:
+def teacher_messages(template: str, question: str, complaint: str) -> Any:
     """The teacher's view of a question and what was said about its answer, as messages of the OpenAI wire."""
     from agent_rl.hindsight import TEMPLATES
     from agent_rl.types import Message
 
-    template = TEMPLATES[Settings().learner.method.hindsight]
-    messages = template((Message("user", question),), complaint, None) or ()
+    messages = TEMPLATES[template]((Message("user", question),), complaint, None) or ()
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
@@ -213,7 +214,8 @@ def releases_promote(release: str, reason: str = "by hand", home: Home = None) -
         found = await lineage.find_release(store, release)
         if found is None:
             raise LaunchError(f"there is no release {release!r}; `agent-rl releases list` shows what there is")
-        deployment = await lineage.promote(store, found.release_id, actor=actor(), reason=reason)
+        attempts = settings.learner.max_attempts
+        deployment = await lineage.promote(store, found.release_id, actor=actor(), reason=reason, max_attempts=attempts)
         console.print(f"{deployment.live} serves {deployment.policy_id} (generation {deployment.generation})")
 
     with_store(home, work)
@@ -271,10 +273,11 @@ def role(name: str, settings: SettingsFile) -> None:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("agent_rl").setLevel(chosen.log_level.upper())
-    if name in LOOPS:
-        asyncio.run(run_loop(name, chosen))
-    else:
-        run_app(name, chosen)
+    try:
+        asyncio.run(run_loop(name, chosen)) if name in LOOPS else run_app(name, chosen)
+    except Exception:  # the boundary of a process: the supervisor starts another
+        logging.getLogger(f"agent_rl.{name}").exception("this role has ended")
+        raise SystemExit(1) from None
 
 
 def run_app(name: str, settings: Settings) -> None:
@@ -309,7 +312,7 @@ def main() -> None:
     """The console script: errors of ours in one line, without a stack trace."""
     try:
         app()
-    except (SettingsError, LaunchError, ValueError) as error:
+    except (RuntimeError, LookupError, ValueError) as error:
         complaints.print(f"agent-rl: {escape(str(error))}")
         raise SystemExit(2) from None
 

@@ -74,7 +74,7 @@ class Directory:
         self._deployments: Cache[str, Deployment | None] = Cache(store.deployment, life_s)
 
     async def key(self, secret: str) -> ApiKey | None:
-        return await self._keys.get(hashlib.sha256(secret.encode()).hexdigest())
+        return await self._keys.get(hash_key(secret))
 
     async def tenant(self, tenant_id: str) -> Tenant:
         tenant = await self._tenants.get(tenant_id)
@@ -109,3 +109,8 @@ class Directory:
 def share(session_id: str) -> float:
     """Where a session lies in [0, 1), evenly and for good."""
     return int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:8]) / 2**64
+
+
+def hash_key(secret: str) -> str:
+    """What is stored of a key: sha256 hex."""
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -14,12 +14,11 @@ from agent_rl.types import Feedback
 from server.auth import Caller, Door
 from server.core import Core
 from server.refusal import Refusal
-from server.sessions import derive_session_id
+from server.sessions import OURS, derive_session_id
 from server.wires.request import Body, boolean, json_object, number, string
 
 SAYS_SOMETHING = ("value", "label", "comment", "correction")
 LONGEST_TEXT = 65_536
-OUR_SESSION_ID = 32
 
 
 def routes(core: Core, door: Door) -> list[BaseRoute]:
@@ -64,7 +63,7 @@ def _target(body: Body, caller: Caller) -> tuple[str | None, str | None]:
     if turn_id:
         return turn_id, None
     assert session_id
-    if len(session_id) == OUR_SESSION_ID and set(session_id) <= set("0123456789abcdef"):
+    if session_id.startswith(OURS):
         return None, session_id
     end_user = string(body, "user", 256)
     return None, derive_session_id(caller.tenant.tenant_id, caller.api_key_id, end_user, session_id)

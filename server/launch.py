@@ -17,12 +17,13 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
 from pydantic import SecretStr
 
 from agent_rl.settings import Settings
 from server.private_redis import redis_command
-from server.supervisor import Role, Supervisor
+from server.supervisor import Role, Supervisor, die_with_parent
 
 ROLES = ("engine", "recorder", "judge", "publisher", "learner", "gateway")  # in the order of starting
 Show = Callable[[str], None]
@@ -35,7 +36,7 @@ class LaunchError(RuntimeError):
 async def serve(settings: Settings, show: Show, show_line: Callable[[str, str], None]) -> None:
     """Run until SIGINT or SIGTERM; `show` gets what the user should read, `show_line` what the roles log.
 
-    Raises LaunchError if it cannot start; whatever was started is stopped before this returns or raises.
+    Raises LaunchError or ValueError if it cannot start; whatever was started is stopped before this returns or raises.
     """
     stop = asyncio.Event()
     this = asyncio.current_task()
@@ -77,7 +78,9 @@ async def _start(supervisor: Supervisor, settings: Settings, file: Path, show: S
         folder = settings.home.resolve() / "redis"
         await supervisor.start(Role("redis", redis_command(folder)))
         await _wait_for(lambda: _connects(folder / "redis.sock"), 10, "the private Redis does not start", settings)
-    prepare = await asyncio.create_subprocess_exec(*_command("prepare", file), start_new_session=True)
+    prepare = await asyncio.create_subprocess_exec(
+        *_command("prepare", file), start_new_session=True, preexec_fn=die_with_parent(os.getpid())
+    )
     try:
         if await prepare.wait() != 0:
             raise LaunchError("the database or the model could not be prepared; see the message above")
@@ -118,10 +121,16 @@ def complete(settings: Settings) -> Settings:
             "port": port,
             "url": f"http://127.0.0.1:{port}" if own else engine.url,
             "admin_key": engine.admin_key or (SecretStr(secrets.token_urlsafe(24)) if own else None),
-            "model": (engine.model or home / "models" / "smollm2-135m-instruct").resolve(),
+            "model": (engine.model or settings.smollm2_dir).resolve(),
         }
     )
     gateway = gateway.model_copy(update={"port": gateway.port or free_port()})
+    try:
+        socket.create_server((gateway.host, gateway.port)).close()
+    except OSError as error:
+        raise LaunchError(
+            f"cannot listen on {gateway.host}:{gateway.port}: {error.strerror}; choose another --port or --host"
+        ) from error
     return settings.model_copy(update={"home": home, "engine": engine, "gateway": gateway})
 
 
@@ -201,11 +210,8 @@ def _connects(path: Path) -> bool:
 
 
 def _answers(url: str) -> bool:
-    from urllib.error import URLError
-    from urllib.request import urlopen
-
     try:
-        with urlopen(url, timeout=2) as answer:
+        with build_opener(ProxyHandler({})).open(url, timeout=2) as answer:  # never through a proxy
             return bool(answer.status == 200)
-    except (URLError, OSError):
+    except OSError:
         return False

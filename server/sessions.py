@@ -29,6 +29,7 @@ LOOKUP_S = 0.25  # for Redis and SQL together; an answer is worth more than its 
 DEEPEST_IN_REDIS = 64  # beginnings of a request that are looked for
 DEEPEST_IN_SQL = 4
 log = logging.getLogger("agent_rl.gateway")
+OURS = "ses_"  # how the ids of sessions begin that no client named
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Sessions:
         if session_id:
             rule = conversation.session_rule or "x-session-id"
         else:
-            session_id, rule = (parent.session_id, "prefix") if parent else (secrets.token_hex(16), "new")
+            session_id, rule = (parent.session_id, "prefix") if parent else (OURS + secrets.token_hex(16), "new")
         return Place(session_id, rule, scope, chains[-1], parent, reason)
 
     def remember(self, head: Head) -> None:

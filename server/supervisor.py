@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,18 +99,36 @@ class Supervisor:
             signal_group(process.pid, signal.SIGKILL)  # nothing that it started may outlive it
             pause = FIRST_PAUSE_S if time.monotonic() - started > GOOD_RUN_S else min(pause * 2, LONGEST_PAUSE_S)
             log.warning("%s ended (%s); starting it again in %.1f s", role.name, describe(code), pause)
+            await self._again(role, pause)
+
+    async def _again(self, role: Role, pause: float) -> None:
+        """Start a role again after `pause`, and again where the system refuses a process; not once all are to stop."""
+        while not self.stopping.is_set():
             await asyncio.sleep(pause)
-            role.restarts += 1
-            await self._spawn(role)
+            if self.stopping.is_set():
+                return
+            try:
+                await self._spawn(role)
+            except OSError as error:
+                log.warning("%s cannot be started: %s", role.name, error)
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+            else:
+                role.restarts += 1
+                return
 
     async def _copy(self, name: str, stream: asyncio.StreamReader) -> None:
+        """Until the child closes it. A full disk or a closed console costs lines, never the child."""
         rest = b""
-        with (self.logs / f"{name}.log").open("ab", buffering=0) as file:
-            while data := await stream.read(1 << 16):
-                file.write(data)
-                *lines, rest = (rest + data).split(b"\n")
+        while data := await stream.read(1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            with suppress(OSError):
                 for line in lines:
                     self.show(name, line.decode(errors="replace"))
+            with suppress(OSError), (self.logs / f"{name}.log").open("ab") as file:
+                file.write(data)
+        if rest:
+            with suppress(OSError):
+                self.show(name, rest.decode(errors="replace"))
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:

@@ -12,8 +12,7 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
-from fastapi import FastAPI
+from serving import serving
 
 from agent_rl.experience import lineage, recorder
 from agent_rl.experience.store import Store, migrate
@@ -56,22 +55,6 @@ class Gateway:
 
     def openai(self, key: str = OWNER) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-
-@asynccontextmanager
-async def serving(application: FastAPI) -> AsyncIterator[str]:
-    """The application behind a real uvicorn on a free port, in this loop; yields its URL."""
-    config = uvicorn.Config(application, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        assert not task.done(), "the server did not start"
-        await asyncio.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -31,7 +32,7 @@ def home() -> Iterator[Path]:
 async def test_a_preference_is_learned_and_nothing_else_is_lost(smollm2: Path, home: Path) -> None:
     settings = load(None, {"home": home, "gateway.port": 0, "engine.model": smollm2})
     async with launch.served(settings, print, lambda role, line: None) as served:
-        (results,) = await run(served, 16, 12, ["short"], teacher_messages, Console(quiet=True))
+        (results,) = await run(served, 16, 12, ["short"], partial(teacher_messages, "hint"), Console(quiet=True))
     assert results.told is not None
     assert results.told >= 0.8
     before, after = results.before_measures, results.after_measures

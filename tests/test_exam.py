@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from gateway import serving
+from serving import serving
 
 from agent_rl.engine import Engine
 from agent_rl.exam import Answer, Examiner, Sitting, draw, examine, kl, mean, objections, probes, retention_texts, win

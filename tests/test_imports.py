@@ -66,7 +66,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "agent_rl.learner": {f"agent_rl.{n}" for n in CORE},
     "server.engines": {f"agent_rl.{n}" for n in ["types", "settings", "models", "rendering"]},
-    "server.preparation": {f"agent_rl.{n}" for n in ["types", "settings", "models", "experience"]},
+    "server.preparation": {
+        "server.directory",
+        *(f"agent_rl.{n}" for n in ["types", "settings", "models", "experience"]),
+    },
     "server.cli": {"agent_rl", "server", "environments", "migrations"},
     "server": {
         f"agent_rl.{n}"
@@ -82,7 +85,6 @@ DOORS: dict[str, list[str]] = {
     "sqlalchemy": ["agent_rl/experience/", "migrations/"],
     "alembic": ["agent_rl/experience/", "migrations/"],
     "aiohttp": ["agent_rl/engine.py"],
-    "renderers": ["agent_rl/rendering.py"],
     "transformers": [
         "agent_rl/models.py",
         "agent_rl/rendering.py",

@@ -36,10 +36,16 @@ async def record(any_store: Store) -> Recorded:
     return Recorded(any_store)
 
 
-async def judged(store: Store, standing: str | None = None, method: str | None = METHOD) -> list[str]:
-    """Claim everything and settle it; the lessons' ids."""
+async def judged(
+    store: Store, standing: str | None = None, method: str | None = METHOD, hint: str = "be short"
+) -> list[str]:
+    """Claim everything and settle it; the lessons' ids. A `{revision}` in the hint makes each say something else."""
     found = await lessons.claim_evidence(store, 10, 60.0)
-    made = [await lessons.settle(store, e, make_verdict(e), method=method, standing=standing) for e in found]
+    verdicts = [make_verdict(e, hint=hint.format(revision=e.revision)) for e in found]
+    made = [
+        await lessons.settle(store, e, verdict, method=method, standing=standing)
+        for e, verdict in zip(found, verdicts, strict=True)
+    ]
     return [lesson_id for lesson_id in made if lesson_id is not None]
 
 
@@ -167,9 +173,9 @@ async def test_a_verdict_on_something_else_is_refused(any_store: Store, record: 
 
 async def test_newer_evidence_supersedes_a_lesson_that_nobody_used(any_store: Store, record: Recorded) -> None:
     await turn_with_reply(record)
-    (old,) = await judged(any_store)
+    (old,) = await judged(any_store, hint="be short, {revision}")
     await record(make_feedback(turn_id="t1"))
-    (new,) = await judged(any_store)
+    (new,) = await judged(any_store, hint="be short, {revision}")
     assert await states(any_store) == {old: "dropped", new: "ready"}
     assert await reasons(any_store) == [(old, "superseded")]
 
@@ -178,7 +184,7 @@ async def test_a_judge_that_comes_too_late_makes_nothing_ready(any_store: Store,
     await turn_with_reply(record)
     (late,) = await lessons.claim_evidence(any_store, 10, 0.0)
     await record(make_feedback(turn_id="t1"))
-    (new,) = await judged(any_store, standing="new wish")
+    (new,) = await judged(any_store, standing="new wish", hint="be short, {revision}")
     old = await lessons.settle(any_store, late, make_verdict(late), method=METHOD, standing="old wish")
     assert await states(any_store) == {old: "dropped", new: "ready"}
     assert await standing(any_store) == ["new wish"]
@@ -221,17 +227,6 @@ async def test_what_is_taken_back_stands_no_more(any_store: Store, record: Recor
     assert (found.feedback, found.standing) == ((), ("be short",))
     await lessons.settle(any_store, found, make_verdict(found, score=None, hint=None), method=None)
     assert await standing(any_store) == []
-
-
-async def test_standing_feedback_is_retracted_by_id(any_store: Store, record: Recorded) -> None:
-    await turn_with_reply(record)
-    await judged(any_store, standing="be short")
-    async with any_store.read() as connection:
-        preference_id = (await connection.execute(select(preferences.c.preference_id))).scalar_one()
-    await lessons.retract_standing(any_store, preference_id)
-    assert await standing(any_store) == []
-    with pytest.raises(LookupError, match="no standing feedback 'x'"):
-        await lessons.retract_standing(any_store, "x")
 
 
 # ----------------------------------------------------------------------------------------------- the learner
@@ -280,6 +275,20 @@ async def test_a_new_epoch_takes_over_what_a_dead_learner_had_claimed(any_store:
     assert await states(any_store) == {lesson.lesson_id: "claimed"}
 
 
+async def test_a_follow_up_that_is_sent_twice_teaches_once(any_store: Store, record: Recorded) -> None:
+    await record(make_turn("t1"), make_feedback("f1", turn_id="t1", comment="be short"))
+    (lesson_id,) = await judged(any_store, hint="be short")
+    await record(make_feedback("f2", turn_id="t1", comment="be short"))
+    assert await judged(any_store, hint="be short") == []
+    assert await states(any_store) == {lesson_id: "ready"}  # no newer verdict says otherwise
+    lease = await leased(any_store)
+    await lessons.claim_lessons(any_store, lease, 1)
+    await record(make_feedback("f3", turn_id="t1", comment="be short"))
+    assert await judged(any_store, hint="be short") == []
+    await lessons.release_lessons(any_store, lease, [lesson_id])
+    assert await states(any_store) == {lesson_id: "ready"}
+
+
 async def test_lessons_are_given_back_unless_superseded_meanwhile(any_store: Store, record: Recorded) -> None:
     lease = await leased(any_store)
     lesson = await claimed(any_store, record, lease)
@@ -287,7 +296,7 @@ async def test_lessons_are_given_back_unless_superseded_meanwhile(any_store: Sto
     assert await states(any_store) == {lesson.lesson_id: "ready"}
     await lessons.claim_lessons(any_store, lease, 1)
     await record(make_feedback(turn_id="t1"))
-    (newer,) = await judged(any_store)
+    (newer,) = await judged(any_store, hint="be short, {revision}")
     assert await states(any_store) == {lesson.lesson_id: "claimed", newer: "ready"}
     await lessons.release_lessons(any_store, lease, [lesson.lesson_id])
     assert await states(any_store) == {lesson.lesson_id: "dropped", newer: "ready"}

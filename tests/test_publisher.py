@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from gateway import serving
 from nouns import make_checkpoint, make_release, make_step
+from serving import serving
 
 from agent_rl.engine import Engine
 from agent_rl.experience import lineage
@@ -183,7 +183,7 @@ async def test_by_hand_a_pass_waits_loaded_for_promotion(stage: Stage) -> None:
     await stage.publisher.round()
     assert (await stage.live(), await stage.state("good1")) == (BASE_RELEASE, S.CANARY)
     assert set(stage.server.adapters) == {"good1"}
-    await lineage.promote(stage.store, "good1", actor="test", reason="by hand")
+    await lineage.promote(stage.store, "good1", actor="test", reason="by hand", max_attempts=2)
     await stage.publisher.round()
     assert (await stage.live(), stage.publisher.proven) == ("good1", {"good1"})
 

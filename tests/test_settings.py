@@ -47,7 +47,6 @@ judge.batch
 judge.poll_s
 judge.lease_s
 learner.enabled
-learner.backend
 learner.tuning
 learner.lora.rank
 learner.lora.alpha

@@ -200,7 +200,6 @@ async def test_what_the_gateway_looks_up(any_store: Store) -> None:
     await any_store.record(arriving(same, first, foreign, make_child(first, "t4", "x")))
     assert await any_store.find_chain("acme", "c") == [("t2", "s2"), ("t1", "s1")]
     assert await any_store.find_chain("acme", "d") == []
-    assert await any_store.session_turns("s1") == ["t1", "t3", "t4"]
 
 
 async def test_tenants_and_keys(any_store: Store) -> None:

@@ -23,7 +23,7 @@ async def evidence_of(connection: AsyncConnection, turn_id: str, revision: int) 
     if transcript is None:
         return None
     followed_by = await _followed_by(connection, transcript)
-    said = await _feedback(connection, turn_id)
+    said = await _feedback(connection, transcript.turn)
     standing = await _standing(connection, transcript.turn)
     return Evidence(transcript, revision, followed_by, said, standing)
 
@@ -70,9 +70,13 @@ async def _followed_by(connection: AsyncConnection, transcript: Transcript) -> t
     return ()
 
 
-async def _feedback(connection: AsyncConnection, turn_id: str) -> tuple[Feedback, ...]:
+async def _feedback(connection: AsyncConnection, turn: Turn) -> tuple[Feedback, ...]:
     """Everything said of the turn and not taken back, oldest first."""
-    query = select(feedback).where(feedback.c.turn_id == turn_id, feedback.c.retracted.is_(False))
+    query = select(feedback).where(
+        feedback.c.turn_id == turn.turn_id,
+        feedback.c.tenant_id == turn.tenant_id,
+        feedback.c.retracted.is_(False),
+    )
     rows = await connection.execute(query.order_by(feedback.c.created_at, feedback.c.feedback_id))
     return tuple(feedback_of(row) for row in rows.mappings())
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Table, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, FromClause, Table, and_, func, not_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.evidence import evidence_of, lessons_of, subject_of
@@ -105,6 +105,8 @@ async def settle(
             done = update(turns).where(turns.c.turn_id == turn.turn_id)
             await connection.execute(done.values(judged_revision=evidence.revision, judge_lease_until=None))
             await _set_standing(connection, turn, standing, now)
+        if lesson_id and await _said_before(connection, verdict):
+            lesson_id = None
         if lesson_id:
             row = {
                 "lesson_id": lesson_id,
@@ -118,6 +120,25 @@ async def settle(
             await connection.execute(insert(connection, lessons).on_conflict_do_nothing(), row)
         await drop_superseded(connection, lessons.c.target_id == turn.turn_id)
     return lesson_id
+
+
+async def _said_before(connection: AsyncConnection, verdict: Verdict) -> bool:
+    """Whether an earlier revision's verdict says the same and its lesson waits or was used: a follow-up that is sent
+    twice teaches once."""
+    earlier = verdicts.alias("earlier")
+    its_lesson = (lessons.c.target_id == earlier.c.turn_id) & (lessons.c.revision == earlier.c.revision)
+    query = (
+        select(lessons.c.lesson_id)
+        .join(earlier, its_lesson)
+        .join(verdicts, (verdicts.c.turn_id == earlier.c.turn_id) & (verdicts.c.revision == verdict.revision))
+        .where(verdicts.c.turn_id == verdict.turn_id, earlier.c.revision < verdict.revision)
+        .where(_says_the_same(earlier, verdicts), lessons.c.state != "dropped")
+    )
+    return (await connection.execute(query.limit(1))).first() is not None
+
+
+def _says_the_same(a: FromClause, b: FromClause) -> ColumnElement[bool]:
+    return and_(*(a.c[name].is_not_distinct_from(b.c[name]) for name in ("score", "hint", "source")))
 
 
 def _lesson_id(target_id: str, revision: int, method: str) -> str:
@@ -169,16 +190,6 @@ async def _take_back(connection: AsyncConnection, turn: Turn, verdict: Verdict, 
     mine = (preferences.c.policy_id == turn.policy_id) & (preferences.c.subject == subject_of(turn))
     standing = mine & (preferences.c.text == text) & preferences.c.retracted_at.is_(None)
     await connection.execute(update(preferences).where(standing).values(retracted_at=now))
-
-
-async def retract_standing(store: Store, preference_id: str) -> None:
-    """Take back a standing feedback. Raises LookupError if there is none of this id."""
-    where = preferences.c.preference_id == preference_id
-    when = func.coalesce(preferences.c.retracted_at, time.time())
-    async with store.write() as connection:
-        result = await connection.execute(update(preferences).where(where).values(retracted_at=when))
-        if result.rowcount == 0:
-            raise LookupError(f"there is no standing feedback {preference_id!r}")
 
 
 # ----------------------------------------------------------------------------------------------- the learner
@@ -245,13 +256,14 @@ async def drop(store: Store, lease: Lease, lesson_id: str, reason: DropReason, d
 
 
 async def pending(store: Store, policy_id: str) -> int:
-    """How much of what was said is still on its way: lessons not yet used or dropped, releases not yet examined."""
+    """How much of what was said is on its way: turns not judged, lessons not used or dropped, releases not examined."""
+    unjudged = turns.c.policy_id == policy_id, turns.c.evidence_revision > turns.c.judged_revision
     waiting = lessons.c.policy_id == policy_id, lessons.c.state.in_(["ready", "claimed"])
     unexamined = releases.c.policy_id == policy_id, releases.c.state.in_(["staged", "examining", "canary"])
     async with store.read() as connection:
         counts = [
             (await connection.execute(select(func.count()).select_from(table).where(*where))).scalar_one()
-            for table, where in ((lessons, waiting), (releases, unexamined))
+            for table, where in ((turns, unjudged), (lessons, waiting), (releases, unexamined))
         ]
     return sum(counts)
 
@@ -275,11 +287,13 @@ async def make_ready(connection: AsyncConnection, which: ColumnElement[bool]) ->
 
 
 async def drop_superseded(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
-    newer = select(verdicts.c.turn_id).where(
-        verdicts.c.turn_id == lessons.c.target_id, verdicts.c.revision > lessons.c.revision
-    )
-    void = and_(which, lessons.c.state == "ready", newer.exists())
-    await drop_where(connection, void, DropReason.SUPERSEDED, "newer evidence was judged")
+    """Drop the ready ones of these lessons of whose turns a newer verdict says something else."""
+    own, newer = verdicts.alias("own"), verdicts.alias("newer")
+    its_own = (own.c.turn_id == lessons.c.target_id) & (own.c.revision == lessons.c.revision)
+    since = (newer.c.turn_id == lessons.c.target_id) & (newer.c.revision > lessons.c.revision)
+    otherwise = select(newer.c.turn_id).where(since, its_own, not_(_says_the_same(own, newer)))
+    void = and_(which, lessons.c.state == "ready", otherwise.exists())
+    await drop_where(connection, void, DropReason.SUPERSEDED, "newer evidence was judged otherwise")
 
 
 async def drop_where(

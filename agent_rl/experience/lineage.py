@@ -19,6 +19,7 @@ from agent_rl.experience.records import insert
 from agent_rl.experience.releases import (
     add_exam,
     find_release,
+    in_state,
     insert_release,
     last_exam,
     releases,
@@ -41,6 +42,7 @@ __all__ = [
     "ensure_policy",
     "find_release",
     "head",
+    "in_state",
     "last_exam",
     "promote",
     "reject",

@@ -25,17 +25,20 @@ from agent_rl.experience.tables import releases as releases_table
 from agent_rl.types import BASE_RELEASE, Deployment, DropReason, ReleaseState
 
 
-async def promote(store: Store, release_id: str, *, actor: str, reason: str, max_attempts: int = 2) -> Deployment:
+async def promote(
+    store: Store, release_id: str, *, actor: str, reason: str, max_attempts: int, expect: ReleaseState | None = None
+) -> Deployment:
     """One row changes: this release is live, the one before is retired, the generation is raised; audited.
 
-    A release that was rejected may be promoted too: the head then moves to its checkpoint and what was learned
+    With `expect`, a release in another state by now is left as it is, and the deployment too. Without, a release that
+    was rejected may be promoted as well: the head then moves to its checkpoint and what was learned
     elsewhere meanwhile is cut. Raises LookupError if there is no such release.
     """
     async with store.write() as connection:
         release = await locked_release(connection, release_id)
         await locked_policy(connection, release["policy_id"])
         deployment = await _deployment(connection, release["policy_id"])
-        if deployment.live == release_id:
+        if deployment.live == release_id or (expect and release["state"] != expect.value):
             return deployment
         if not await stands(connection, release["checkpoint_id"]):
             await _cut(connection, release["policy_id"], release["checkpoint_id"], f"{reason} ({actor})", max_attempts)

@@ -178,7 +178,12 @@ async def _place_session_feedback(connection: AsyncConnection, session_ids: set[
     """Feedback on a session is feedback on the turn that was its last when it was given."""
     last = (
         select(turns.c.turn_id)
-        .where(turns.c.session_id == feedback.c.session_id, turns.c.created_at <= feedback.c.created_at, follows())
+        .where(
+            turns.c.session_id == feedback.c.session_id,
+            turns.c.tenant_id == feedback.c.tenant_id,
+            turns.c.created_at <= feedback.c.created_at,
+            follows(),
+        )
         .order_by(turns.c.created_at.desc())
         .limit(1)
         .scalar_subquery()
@@ -193,7 +198,11 @@ async def _raise_evidence(connection: AsyncConnection, new: Sequence[Turn], said
     ids = {turn.turn_id for turn in new}
     child = turns.alias("child")
     children = select(func.count()).where(child.c.parent_id == turns.c.turn_id, follows(child)).scalar_subquery()
-    spoken = select(func.count()).where(feedback.c.turn_id == turns.c.turn_id).scalar_subquery()
+    spoken = (
+        select(func.count())
+        .where(feedback.c.turn_id == turns.c.turn_id, feedback.c.tenant_id == turns.c.tenant_id)
+        .scalar_subquery()
+    )
     if ids:
         everything = update(turns).where(turns.c.turn_id.in_(sorted(ids)))
         await connection.execute(everything.values(evidence_revision=children + spoken))

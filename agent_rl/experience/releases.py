@@ -28,6 +28,13 @@ async def staged(store: Store, policy_id: str) -> list[Release]:
         return [release_of(row) for row in (await connection.execute(query)).mappings()]
 
 
+async def in_state(store: Store, policy_id: str, state: ReleaseState) -> list[Release]:
+    """Newest first."""
+    query = _newest.where(releases_table.c.policy_id == policy_id, releases_table.c.state == state.value)
+    async with store.read() as connection:
+        return [release_of(row) for row in (await connection.execute(query)).mappings()]
+
+
 async def releases(store: Store, policy_id: str | None = None, limit: int = 50) -> list[Release]:
     """Newest first; None: of every policy."""
     query = _newest if policy_id is None else _newest.where(releases_table.c.policy_id == policy_id)

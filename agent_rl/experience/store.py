@@ -6,6 +6,7 @@ What lessons and lineages need is in `lessons.py` and `lineage.py`, as functions
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -26,6 +27,8 @@ from agent_rl.types import Arrival, Deployment, Message, Policy, Transcript
 __all__ = ["ApiKey", "Refused", "Store", "StoreUnavailable", "Tenant", "migrate"]
 
 DEEPEST = 10_000  # turns of one conversation; what lies deeper is damage, not a conversation
+
+log = logging.getLogger("agent_rl.store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +133,6 @@ class Store:
             row = (await connection.execute(query)).one_or_none()
             return ApiKey(row.api_key_id, row.tenant_id, frozenset(row.scopes)) if row else None
 
-    async def policy(self, tenant_id: str, name: str) -> Policy | None:
-        async with self.read() as connection:
-            query = select(policies).where(policies.c.tenant_id == tenant_id, policies.c.name == name)
-            row = (await connection.execute(query)).mappings().one_or_none()
-            return policy_of(row) if row else None
-
     async def policies(self, tenant_id: str | None = None) -> list[Policy]:
         """Oldest first; None: of every tenant."""
         query = select(policies).order_by(policies.c.created_at, policies.c.policy_id)
@@ -166,12 +163,6 @@ class Store:
         async with self.read() as connection:
             return [(row.turn_id, row.session_id) for row in await connection.execute(query)]
 
-    async def session_turns(self, session_id: str) -> list[str]:
-        """Turn ids of a session, oldest first."""
-        query = select(turns.c.turn_id).where(turns.c.session_id == session_id)
-        async with self.read() as connection:
-            return list((await connection.execute(query.order_by(turns.c.created_at, turns.c.turn_id))).scalars())
-
 
 @asynccontextmanager
 async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
@@ -188,7 +179,7 @@ async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 async def transcript_of(connection: AsyncConnection, turn_id: str) -> Transcript | None:
-    """See `Store.transcript`. Raises ValueError for a turn that shares more of its parent than there is."""
+    """See `Store.transcript`. A damaged record, which shares more of its parent than there is, is logged and None."""
     start = select(turns.c.turn_id, turns.c.parent_id).where(turns.c.turn_id == turn_id)
     walk = start.add_columns((turns.c.shared_len * 0).label("depth")).cte("walk", recursive=True)
     parent = turns.alias("parent")
@@ -205,10 +196,11 @@ async def transcript_of(connection: AsyncConnection, turn_id: str) -> Transcript
     messages: tuple[Message, ...] = ()
     for turn in line:
         if turn.shared_len > len(ids) or turn.shared_messages > len(messages):
-            raise ValueError(
-                f"turn {turn.turn_id} shares {turn.shared_len} tokens and {turn.shared_messages} messages with its "
-                f"parent {turn.parent_id}, which has {len(ids)} and {len(messages)}: the record is damaged"
+            log.error(
+                "turn %s is damaged: it shares %d tokens and %d messages with its parent %s, which has %d and %d",
+                *(turn.turn_id, turn.shared_len, turn.shared_messages, turn.parent_id, len(ids), len(messages)),
             )
+            return None
         prompt_ids, request = ids[: turn.shared_len] + turn.prompt_ids, messages[: turn.shared_messages] + turn.messages
         ids, messages = prompt_ids + turn.response_ids, (*request, turn.answer)
     return Transcript(turn, prompt_ids, request)

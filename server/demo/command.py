@@ -27,9 +27,13 @@ async def run(
                 raise ValueError(f"there is no scenario {name!r}; there are {', '.join(PREFERENCES)}")
             scene = Scene(settings, client, store, view, console)
             scene.say(f"[bold]{name}[/bold]")
-            results = await play(scene, PREFERENCES[name], interactions, n_questions)
+            preference = PREFERENCES[name]
+            results = Results(name, preference.complaint)
             folder = settings.home / "demo" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            keep(results, PREFERENCES[name], folder)
+            try:
+                await play(scene, preference, interactions, n_questions, results)
+            finally:
+                keep(results, preference, folder)
             if results.after:
                 console.print(table(results))
             scene.say(f"transcript, result and chart are in {folder}")

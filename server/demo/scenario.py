@@ -146,10 +146,9 @@ class Scene:
 # ------------------------------------------------------------------------------------------------- one scenario
 
 
-async def play(scene: Scene, preference: Preference, interactions: int, n_questions: int) -> Results:
-    """Ability of the teacher, held-out answers before, the talk, held-out answers after."""
+async def play(scene: Scene, preference: Preference, interactions: int, n_questions: int, results: Results) -> None:
+    """Ability of the teacher, held-out answers before, the talk, held-out answers after; all goes into `results`."""
     started = time.time()
-    results = Results(preference.name, preference.complaint)
     ask, held_out = questions()
     held_out = held_out[:n_questions]
     scene.say(f"asking {len(held_out)} held-out questions, no preference mentioned")
@@ -159,15 +158,14 @@ async def play(scene: Scene, preference: Preference, interactions: int, n_questi
     scene.say(f"told “{preference.complaint}” the teacher obeys {results.told:.0%}; untold, {untold:.0%} do")
     if results.told < 0.8 or untold > 0.2:
         scene.say("the teacher has nothing to teach here: 80 % told and at most 20 % untold are needed")
-        return results
+        return
+    results.before_measures = await measure(scene, preference, results.before)
     await talk(scene, preference, ask, interactions, results)
     await settled(scene)
     scene.say(f"asking the {len(held_out)} held-out questions again")
     results.after = await scene.client.ask_all(held_out)
-    results.before_measures = await measure(scene, preference, results.before)
     results.after_measures = await measure(scene, preference, results.after)
     results.seconds = time.time() - started
-    return results
 
 
 async def ability(scene: Scene, preference: Preference, asked: Sequence[str]) -> float:

@@ -151,12 +151,14 @@ def _object(body: Body, name: str) -> dict[str, Any]:
 
 def _session(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(the client's own session id, the rule that found it); (None, None) if it sent none."""
-    if own := headers.get("x-session-id"):
-        if len(own) > LONGEST_ID:
-            raise Refusal(400, f"x-session-id: at most {LONGEST_ID} characters, not {len(own)}", param="x-session-id")
-        return own, "x-session-id"
-    own_id = string(metadata, "session_id", LONGEST_ID)
-    return (own_id, "metadata.session_id") if own_id else (None, None)
+    own, rule = headers.get("x-session-id"), "x-session-id"
+    if not own:
+        own, rule = string(metadata, "session_id", LONGEST_ID), "metadata.session_id"
+    if not own:
+        return None, None
+    if len(own) > LONGEST_ID or not (own.isascii() and own.isprintable()):  # it comes back in a header
+        raise Refusal(400, f"{rule}: at most {LONGEST_ID} printable ASCII characters, not {own!r:.80}", param=rule)
+    return own, rule
 
 
 def _train(header: str | None, field: object) -> bool | None:
