@@ -19,11 +19,12 @@ def routes(directory: Directory, store: Store, door: Door) -> list[BaseRoute]:
     async def models(request: Request) -> Response:
         caller = await door.caller(request, "agent")
         there = await directory.policies(caller.tenant.tenant_id)
-        return _json({"object": "list", "data": [_model(policy) for policy in there]})
+        return _json({"object": "list", "data": [await _model(policy, directory) for policy in there]})
 
     async def model(request: Request) -> Response:
         caller = await door.caller(request, "agent")
-        return _json(_model(await directory.policy(caller.tenant.tenant_id, request.path_params["name"])))
+        policy = await directory.policy(caller.tenant.tenant_id, request.path_params["name"])
+        return _json(await _model(policy, directory))
 
     async def turn(request: Request) -> Response:
         caller = await door.caller(request, "agent")
@@ -43,8 +44,10 @@ def routes(directory: Directory, store: Store, door: Door) -> list[BaseRoute]:
     ]
 
 
-def _model(policy: Policy) -> dict[str, object]:
-    return {"id": policy.name, "object": "model", "created": 0, "owned_by": policy.tenant_id}
+async def _model(policy: Policy, directory: Directory) -> dict[str, object]:
+    """OpenAI's fields, and the release that is live."""
+    live = await directory.live(policy.policy_id)
+    return {"id": policy.name, "object": "model", "created": 0, "owned_by": policy.tenant_id, "release": live}
 
 
 def _may_see(caller: Caller, known: dict[str, object]) -> bool:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass, field
 
 from openai import APIError, OpenAI
@@ -16,6 +18,8 @@ from rich.markup import escape
 
 from agent_rl.settings import Settings
 from server.launch import base_url
+
+POLL_S = 2.0
 
 
 @dataclass(slots=True)
@@ -51,6 +55,16 @@ class Talk:
             self.console.print(f"[bold green]the model has changed: {escape(release)}[/bold green]")
         self.release = release
 
+    def watch(self) -> None:
+        """Say when a new release serves, as it lands; asked of the server by its list of models."""
+        while True:
+            time.sleep(POLL_S)
+            try:
+                model = self.client.models.retrieve(self.policy)
+            except APIError:
+                continue  # what is wrong with the server, the next message will say
+            self.notice(str((model.model_extra or {}).get("release", self.release)))
+
     def rate(self, value: float, comment: str) -> None:
         if self.turn_id is None:
             self.console.print("there is no answer to rate yet")
@@ -65,6 +79,7 @@ def run(settings: Settings, policy: str, console: Console) -> None:
     key = (settings.home / "key").read_text().strip()
     talk = Talk(OpenAI(base_url=f"{base_url(settings)}/v1", api_key=key), policy, console)
     console.print(f"[dim]talking to {policy} at {base_url(settings)}; /good, /bad [why], /new, /quit[/dim]")
+    threading.Thread(target=talk.watch, daemon=True).start()
     while True:
         try:
             line = console.input("[bold]you>[/bold] ").strip()

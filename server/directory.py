@@ -96,6 +96,10 @@ class Directory:
             )
         return found
 
+    async def live(self, policy_id: str) -> str:
+        deployment = await self._deployments.get(policy_id)
+        return BASE_RELEASE if deployment is None else deployment.live
+
     async def release(self, policy_id: str, session_id: str) -> str:
         """The release that this session gets: the canary's share of sessions is sticky."""
         deployment = await self._deployments.get(policy_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from server.private_redis import redis_command
 
 
 def settings(home: Path, **options: object) -> Settings:
-    return load(None, {"home": home, **options})
+    return load(None, {"home": home, "gateway.port": 0, **options})
 
 
 def test_an_embedded_deployment_is_completed(tmp_path: Path) -> None:
-    done = complete(settings(tmp_path, **{"gateway.port": 0}))
+    done = complete(settings(tmp_path))
     assert done.engine.url == f"http://127.0.0.1:{done.engine.port}"
     assert done.engine.port != 0
     assert done.gateway.port != 0
@@ -39,6 +40,13 @@ def test_an_engine_elsewhere_is_not_started(tmp_path: Path) -> None:
 def test_the_open_network_needs_keys(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="not loopback"):
         complete(settings(tmp_path, **{"gateway.host": "0.0.0.0", "gateway.require_key": False}))
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"127.0.0.1:{port}"):
+            complete(settings(tmp_path, **{"gateway.port": port}))
 
 
 def test_complete_settings_survive_the_file_and_only_we_can_read_it(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ async def test_a_complaint_becomes_a_release_that_answers(tiny_model: Path, redi
         await asyncio.sleep(1.1)  # the gateway's cache of deployments
         assert (await loop.say("What is tea?"))[2] == release_id
 
+        assert (await loop.client.models.retrieve("default")).model_extra == {"release": release_id}
+
         release = await lineage.find_release(loop.store, release_id)
         assert release is not None
         assert release.state is ReleaseState.LIVE
