@@ -135,10 +135,8 @@ class Learner:
                 steps += await self.learn(lease, head, lessons, bool(steps))
                 learned_at = time.monotonic()
             full = len(lessons) == self.options.lessons_per_step
-            waited = (
-                bool(lessons) or time.monotonic() - learned_at >= self.options.max_wait_s
-            )  # part of a batch is late
-            due = len(steps) >= self.options.steps_per_checkpoint or (waited and not full) or stop.is_set()
+            late = bool(lessons) or time.monotonic() - learned_at >= self.options.max_wait_s
+            due = len(steps) >= self.options.steps_per_checkpoint or (late and not full) or stop.is_set()
             if steps and due:
                 try:
                     head = await self.commit(policy, lease, head, steps)

@@ -313,7 +313,7 @@ def main() -> None:
     try:
         app()
     except (RuntimeError, LookupError, ValueError) as error:
-        complaints.print(f"agent-rl: {escape(str(error))}")
+        complaints.print(f"agent-rl: {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from agent_rl.settings import Settings
 from server.private_redis import redis_command
@@ -150,7 +150,10 @@ def read_settings(path: Path) -> Settings:
     """What `write_settings` wrote. Raises LaunchError where nothing was served from this home yet."""
     if not path.is_file():
         raise LaunchError(f"{path} is not there: start `agent-rl serve` with this home folder first")
-    return Settings(**json.loads(path.read_text()))
+    try:
+        return Settings(**json.loads(path.read_text()))
+    except ValidationError as error:
+        raise LaunchError(f"{path} was written by another version: start `agent-rl serve` anew") from error
 
 
 def base_url(settings: Settings) -> str:

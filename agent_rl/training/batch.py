@@ -19,9 +19,8 @@ class Side:
     ids_BL: Tensor
     mask_BL: Tensor  # 1: a token, 0: padding, on the right
     sample_N: Tensor  # which row of ids_BL
-    position_N: (
-        Tensor  # the position that predicts the token: one before it, the first is predicted by the prompt's last
-    )
+    # the position that predicts the token: one before it, the first is predicted by the prompt's last
+    position_N: Tensor
 
 
 @dataclass(frozen=True, slots=True)
