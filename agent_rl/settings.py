@@ -49,7 +49,7 @@ class GatewaySettings(Section):
     adapter_wait_s: float = Field(20.0, ge=0)
     """How long a request waits for a restarted engine to have its release again, before a 503."""
     cache_s: float = Field(1.0, ge=0)
-    """Life of cached keys, policies and deployments: a revoked key may live this long."""
+    """Life of cached keys, policies and deployments; a revoked key may live twice as long."""
     heads_in_memory: int = Field(4096, gt=0)
     """Conversations whose token ids the gateway keeps, newest first; older ones come from Redis or SQL."""
     head_ttl_s: float = Field(3600.0, gt=0)

@@ -26,7 +26,8 @@ log = logging.getLogger("agent_rl.gateway")
 
 
 class Cache(Generic[K, V]):
-    """Answers of `load`, each good for `life_s`; an older one only where `load` cannot answer."""
+    """Answers of `load`, each good for `life_s`, and as long again while a newer one is asked for; an older one only
+    where `load` cannot answer."""
 
     def __init__(self, load: Callable[[K], Awaitable[V]], life_s: float) -> None:
         self._load, self._life_s = load, life_s
@@ -34,12 +35,9 @@ class Cache(Generic[K, V]):
         self._asking: dict[K, asyncio.Task[V]] = {}
 
     async def get(self, key: K) -> V:
-        """Asked once for all who want it: meanwhile, what is known is good enough.
-
-        Raises Refusal (503) where nothing is known and SQL does not answer.
-        """
+        """Asked once for all who want it. Raises Refusal (503) where nothing is known and SQL does not answer."""
         known, asking = self._known.get(key), self._asking.get(key)
-        if known and (asking or time.monotonic() - known[0] < self._life_s):
+        if known and time.monotonic() - known[0] < self._life_s * (2 if asking else 1):
             return known[1]
         if asking is None:
             asking = self._asking[key] = asyncio.create_task(self._ask(key))

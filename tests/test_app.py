@@ -264,6 +264,19 @@ async def test_the_cache_asks_once_for_all_who_want_it() -> None:
     assert asked == ["k"]
 
 
+async def test_what_is_older_than_its_life_is_waited_for_by_all() -> None:
+    answers = ["old", "new"]
+
+    async def load(key: str) -> str:
+        await asyncio.sleep(0.01)
+        return answers.pop(0)
+
+    cache = Cache(load, 0.02)
+    assert await cache.get("k") == "old"
+    await asyncio.sleep(0.1)
+    assert await asyncio.gather(*(cache.get("k") for _ in range(5))) == ["new"] * 5
+
+
 async def test_answers_go_on_without_redis_and_are_recorded_later(
     tiny_model: Path, tmp_path: Path, redis_process: Any
 ) -> None:
