@@ -87,7 +87,9 @@ def show_line(role: str, line: str) -> None:
 def demo(
     home: Home = None,
     start: Annotated[bool, typer.Option(help="Start a server of its own in a fresh home folder first.")] = False,
-    interactions: Annotated[int, typer.Option(help="Conversations per scenario, at most.")] = 64,
+    interactions: Annotated[
+        int | None, typer.Option(help="Conversations of a scenario; each has its own number.")
+    ] = None,
     questions: Annotated[int, typer.Option(help="Held-out questions.")] = 64,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these scenarios. Repeatable.")] = None,
     sets: Sets = None,

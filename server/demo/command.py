@@ -15,7 +15,12 @@ from server.demo.scenario import PREFERENCES, Client, Results, Scene, View, play
 
 
 async def run(
-    settings: Settings, interactions: int, n_questions: int, chosen: Sequence[str] | None, view: View, console: Console
+    settings: Settings,
+    interactions: int | None,
+    n_questions: int,
+    chosen: Sequence[str] | None,
+    view: View,
+    console: Console,
 ) -> list[Results]:
     """Play scenarios on a running server, one after the other."""
     store = await Store.open(settings.database_url)
@@ -31,7 +36,7 @@ async def run(
             results = Results(name, preference.complaint)
             folder = settings.home / "demo" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             try:
-                await play(scene, preference, interactions, n_questions, results)
+                await play(scene, preference, interactions or preference.conversations, n_questions, results)
             finally:
                 keep(results, preference, folder)
             if results.after:
@@ -45,7 +50,12 @@ async def run(
 
 
 async def with_server(
-    settings: Settings, interactions: int, n_questions: int, chosen: Sequence[str] | None, view: View, console: Console
+    settings: Settings,
+    interactions: int | None,
+    n_questions: int,
+    chosen: Sequence[str] | None,
+    view: View,
+    console: Console,
 ) -> None:
     """The same on a server of its own for each scenario, in fresh home folders; stopped at the end."""
     for name in chosen or list(PREFERENCES):

@@ -42,6 +42,7 @@ class Preference:
     name: str
     complaint: str
     pleased: Callable[[str], bool]
+    conversations: int  # enough to learn it from
 
 
 def one_sentence(answer: str) -> bool:
@@ -55,8 +56,8 @@ def numbered(answer: str) -> bool:
 PREFERENCES = {
     p.name: p
     for p in (
-        Preference("short", "Too long. Please answer in one short sentence.", one_sentence),
-        Preference("numbered", "Please use a numbered list.", numbered),
+        Preference("short", "Too long. Please answer in one short sentence.", one_sentence, 32),
+        Preference("numbered", "Please use a numbered list.", numbered, 48),
     )
 }
 
