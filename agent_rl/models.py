@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -95,6 +96,7 @@ def prepare_smollm2(target: Path, progress: Callable[[str], None] = lambda _: No
     source = Path(spec.submodule_search_locations[0])
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it advises against bf16, which is only stored here
     progress("reading SmolLM2-135M-Instruct (GGUF, 98 MB)")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
     progress("turning it into safetensors")

@@ -78,7 +78,7 @@ def run(settings: Settings, policy: str, console: Console) -> None:
     """Read lines until Ctrl-D."""
     key = (settings.home / "key").read_text().strip()
     talk = Talk(OpenAI(base_url=f"{base_url(settings)}/v1", api_key=key), policy, console)
-    console.print(f"[dim]talking to {policy} at {base_url(settings)}; /good, /bad [why], /new, /quit[/dim]")
+    console.print(f"[dim]talking to {policy} at {base_url(settings)}; /good, /bad \\[why], /new, /quit[/dim]")
     threading.Thread(target=talk.watch, daemon=True).start()
     while True:
         try:
