@@ -118,8 +118,11 @@ async def until_live_changes(loop: Loop, before: str) -> str:
     raise AssertionError(f"{before} serves still after 60 s")
 
 
-async def test_a_complaint_becomes_a_release_that_answers(tiny_model: Path, redis_url: str, tmp_path: Path) -> None:
-    async with running_loop(tiny_model, redis_url, tmp_path) as loop:
+@pytest.mark.parametrize(("tuning", "kind"), [("lora", "adapter"), ("full", "full")])
+async def test_a_complaint_becomes_a_release_that_answers(
+    tiny_model: Path, redis_url: str, tmp_path: Path, tuning: str, kind: str
+) -> None:
+    async with running_loop(tiny_model, redis_url, tmp_path, **{"learner.tuning": tuning}) as loop:
         assert await loop.live() == BASE_RELEASE
         taught = await asyncio.gather(*(loop.complain(f"What is tea? {i}") for i in range(2)))
         release_id = await until_live_changes(loop, BASE_RELEASE)
@@ -130,7 +133,7 @@ async def test_a_complaint_becomes_a_release_that_answers(tiny_model: Path, redi
 
         release = await lineage.find_release(loop.store, release_id)
         assert release is not None
-        assert release.state is ReleaseState.LIVE
+        assert (release.state, release.kind) == (ReleaseState.LIVE, kind)
         assert await lineage.last_exam(loop.store, release_id) is not None
         async with httpx.AsyncClient(headers={"authorization": f"Bearer {OWNER}"}) as http:
             explained = (await http.get(f"{loop.url}/v1/turns/{taught[0]}")).json()
