@@ -1,5 +1,5 @@
-"""The one client of the engine protocol, a stated subset of SGLang's HTTP interface. Gateway, judge, exam and
-teachers all speak through it, whether the server is ours or SGLang.
+"""The one client of the engine protocol, a stated subset of SGLang's HTTP interface. Gateway, learner, exam and
+publisher all speak through it, whether the server is ours or SGLang.
 
     POST /generate            ids in; ids, logprobs and version spans out; streaming; prompt scoring
     POST /load_lora_adapter, /unload_lora_adapter, /update_weights_from_disk

@@ -1,4 +1,4 @@
-"""From evidence to verdicts: what was said of an answer afterwards, and whether it teaches. Rules alone, for now.
+"""From evidence to verdicts: what was said of an answer afterwards, and whether it teaches. By rules alone.
 
 Explicit feedback is a verdict already and goes before anything that the conversation says; then come tool results,
 then the user's next message. `judge` is pure; `run` is the role around it. A positive verdict makes no lesson: the

@@ -82,7 +82,10 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent(os.getpid()),
         )
-        (self.pids / f"{role.name}.pid").write_text(str(role.process.pid))
+        if self.stopping.is_set():  # it was asked for just before
+            signal_group(role.process.pid, signal.SIGKILL)
+        with suppress(OSError):  # a full disk costs the note of its id, not the child: it runs already
+            (self.pids / f"{role.name}.pid").write_text(str(role.process.pid))
 
     async def _keep(self, role: Role) -> None:
         """Copy the child's output; when it ends by itself, start it again after a pause that doubles up to a limit."""

@@ -56,6 +56,23 @@ async def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "sleeper.log").read_text() == "up\nup\n"
 
 
+async def test_a_child_whose_id_cannot_be_noted_is_kept_all_the_same(tmp_path: Path) -> None:
+    lines: list[str] = []
+    supervisor = Supervisor(tmp_path, lambda _, line: lines.append(line))
+    (tmp_path / "run" / "sleeper.pid").mkdir()
+    role = Role("sleeper", SLEEPER)
+    try:
+        await supervisor.start(role)
+        assert role.process is not None
+        await until(lambda: lines == ["up"])
+        os.kill(role.process.pid, signal.SIGKILL)
+        await until(lambda: lines == ["up", "up"])
+        assert role.restarts == 1  # one child took its place, not one for each failed note
+    finally:
+        await supervisor.stop()
+    assert role.process.returncode is not None
+
+
 async def test_what_does_not_stop_in_its_time_is_killed(tmp_path: Path) -> None:
     lines: list[str] = []
     supervisor = Supervisor(tmp_path, lambda _, line: lines.append(line))

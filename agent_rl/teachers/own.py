@@ -1,7 +1,7 @@
 """Teachers made of the student's own weights: the base it began from, a slow average of it, or itself.
 
-A teacher says under which weights the teacher view is scored, and what it does after an update. `live` collapsed in
-every trial at a useful learning rate; `frozen` never learns, so views carry the standing feedback.
+A teacher says under which weights the teacher view is scored, and what it does after an update. `live` collapses
+at a useful learning rate, whatever the objective; `frozen` never learns, so views carry the standing feedback.
 """
 
 from __future__ import annotations
