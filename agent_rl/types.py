@@ -47,6 +47,14 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, in the words of the engine protocol."""
+
+    kind: str  # json_schema | structural_tag | regex
+    text: str  # a JSON schema, xgrammar's structural tag (`{"type": "structural_tag", "format": …}`), a regular expression
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How an answer is sampled; recorded as it was used, never as it was asked."""
 
@@ -59,6 +67,7 @@ class Sampling:
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    grammar: Grammar | None = None
 
     @property
     def truncates(self) -> bool:
@@ -78,12 +87,16 @@ class Conversation:
     policy: str
     messages: tuple[Message, ...]
     sampling: Sampling
-    tools: tuple[Json, ...] = ()
+    tools: tuple[Json, ...] = ()  # as OpenAI's chat completions: {"type": "function", "function": {name, parameters …}}
+    tool_choice: str = "auto"  # auto | none | required | =NAME: this tool and no other
+    parallel_tool_calls: bool = True
     session_id: str | None = None  # the client's own id, if it sent one
     session_rule: str | None = None  # which rule found that id, e.g. "x-session-id"
     end_user: str | None = None  # `user` or `safety_identifier`: narrows prefix matching, names the subject
     train: bool | None = None  # X-Train / metadata.train; None: the tenant's policy decides
+    store: bool | None = None  # the wire's own `store`; what False means is the tenant's policy
     side: bool = False  # a title, a summary, a warm-up: recorded and marked, no lesson by itself
+    retry_key: str | None = None  # equal for a request and its retry: a retry is replayed, not sampled again
 
 
 # ------------------------------------------------------------------------------------------------------ turns
@@ -140,10 +153,12 @@ class Turn:
         None  # why this turn shares less than everything with its session's past; None: it extends
     )
     session_rule: str = "new"
+    client_session_id: str | None = None  # as the client calls its session
     subject: str | None = None  # tenant-scoped end user; None: the key stands for one
     api_key_id: str | None = None
     tools: tuple[Json, ...] = ()
     no_lesson: str | None = None  # why this turn can never be one: "aborted", "x-train", "side", …
+    retrievable: bool = True  # False: its content is never given back by id (`store: false`)
     duration_s: float | None = None
     first_token_s: float | None = None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from agent_rl.engine import Chunk
 from agent_rl.experience.stream import Head
+from agent_rl.parsing import Parsed
 from agent_rl.rendering import AnswerParser
 from agent_rl.types import BASE_RELEASE, Conversation, Finish, Message, Policy, Span, Turn
 from server.auth import Caller
@@ -28,9 +29,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """`text` is what became certain; `ids` and `logprobs` are what was sampled, which may be ahead of the text."""
+    """`parsed` is what became certain; `ids` and `logprobs` are what was sampled, which may be ahead of it."""
 
-    text: str
+    parsed: Parsed
     ids: tuple[int, ...]  # [C]
     logprobs: tuple[float | None, ...]  # [C]
 
@@ -45,8 +46,12 @@ class Ended:
     """Comes last. The turn is on disk by now, unless `failure` says otherwise."""
 
     finish: Finish
+    answer: Message  # all of it: content, reasoning, tool calls
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int  # of the prompt, those that the engine had from before
+    stop: str | None = None  # the stop string that ended it, if one did
     failure: Refusal | None = None
 
 
