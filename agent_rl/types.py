@@ -96,7 +96,8 @@ class Conversation:
     train: bool | None = None  # X-Train / metadata.train; None: the tenant's policy decides
     store: bool | None = None  # the wire's own `store`; what False means is the tenant's policy
     side: bool = False  # a title, a summary, a warm-up: recorded and marked, no lesson by itself
-    retry_key: str | None = None  # equal for a request and its retry: a retry is replayed, not sampled again
+    retry_key: str | None = None  # equal for a request and its retries
+    retry: bool = False  # said to be one: what its first try is answered is answered again, never sampled twice
 
 
 # ------------------------------------------------------------------------------------------------------ turns
