@@ -89,6 +89,7 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
         renderer=await asyncio.to_thread(Renderer, engine_settings.model),
         directory=directory,
         sessions=Sessions(store, stream, gateway.heads_in_memory),
+        store=store,
         shipper=shipper,
         metrics=metrics,
     )

@@ -10,26 +10,32 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from agent_rl.engine import Chunk, Engine, EngineError, EngineRejected, EngineUnavailable, ReleaseNotLoaded
 from agent_rl.experience.journal import JournalFull
 from agent_rl.experience.shipper import Shipper
+from agent_rl.experience.store import Store, StoreUnavailable
 from agent_rl.rendering import Renderer, RenderError
 from agent_rl.settings import GatewaySettings
-from agent_rl.types import Conversation, Feedback, Finish
+from agent_rl.types import Conversation, Feedback, Finish, Grammar, Json, Message, Turn
 from server.answering import Answering, Delta, Ended, Event, Idle, Started
 from server.auth import Caller
 from server.directory import Directory
+from server.identity import is_aside
 from server.metrics import Metrics
 from server.refusal import Refusal
+from server.replays import Replays
 from server.sessions import Place, Sessions
 
 SHIP_S = 0.2  # how long an answer's end waits for Redis; the journal has it already
 RETRY_S = 0.1
+RECENT = 256  # turns kept so that the next request can name them before SQL has them
+RECALL_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.0)
 log = logging.getLogger("agent_rl.gateway")
 T = TypeVar("T")
 
@@ -45,35 +51,103 @@ class Core:
         renderer: Renderer,
         directory: Directory,
         sessions: Sessions,
+        store: Store,
         shipper: Shipper,
         metrics: Metrics,
     ) -> None:
         self._settings, self._engine, self._renderer, self._directory = settings, engine, renderer, directory
-        self._sessions, self._shipper, self._metrics = sessions, shipper, metrics
-        self._running: dict[asyncio.Task[None], Answering] = {}
+        self._sessions, self._store, self._shipper, self._metrics = sessions, store, shipper, metrics
+        self._running: dict[str, Answering] = {}  # by turn id
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._replays = Replays()
+        self._recent: OrderedDict[str, Recalled] = OrderedDict()  # turns that SQL may not have yet
         self._max_context: int | None = None
 
     async def answer(self, conversation: Conversation, caller: Caller) -> AsyncGenerator[Event, None]:
         """Started, then Delta and Idle as they come, then Ended. Closing this early is the client hanging up.
 
-        Raises Refusal before Started; what goes wrong later is `Ended.failure`.
+        A retry gets what its first try got. Raises Refusal before Started; what goes wrong later is `Ended.failure`.
         """
-        if len(self._running) >= self._settings.max_concurrency:
-            raise Refusal(429, f"{len(self._running)} requests are being answered, the limit here", retry_after_s=1)
-        answering = Answering(conversation, caller, new_turn_id(), time.time(), time.monotonic())
-        task = asyncio.create_task(self._run(answering))
-        self._running[task] = answering
-        task.add_done_callback(self._running.pop)
+        key = (caller.tenant.tenant_id, caller.api_key_id, conversation.retry_key)
+        known = self._replays.find(key) if conversation.retry else None
+        answering = known or self._begin(conversation, caller)
+        if known is None and conversation.retry_key:
+            self._replays.add(key, answering)
+        answering.readers += 1
+        at, announced = 0, False
         try:
             while True:
-                event = await self._next(answering)
+                try:
+                    async with asyncio.timeout(self._settings.keepalive_s):
+                        event = await answering.log.get(at)
+                    at += 1
+                except TimeoutError:
+                    if not answering.release:
+                        continue
+                    event = Idle() if announced else answering.started()
                 if isinstance(event, Refusal):
                     raise event
+                if isinstance(event, Ended) and event.failure and not announced:
+                    raise event.failure
+                if isinstance(event, Started):
+                    if announced:
+                        continue
+                    announced = answering.announced = True
                 yield event
                 if isinstance(event, Ended):
                     return
         finally:
-            answering.hang_up(task)
+            answering.readers -= 1
+            if answering.readers == 0 and not answering.over:
+                answering.hang_up(self._tasks[answering.turn_id])
+
+    def _begin(self, conversation: Conversation, caller: Caller) -> Answering:
+        if len(self._tasks) >= self._settings.max_concurrency:
+            raise Refusal(429, f"{len(self._tasks)} requests are being answered, the limit here", retry_after_s=1)
+        side = conversation.side or is_aside(conversation)
+        answering = Answering(replace(conversation, side=side), caller, new_turn_id(), time.time(), time.monotonic())
+        task = self._tasks[answering.turn_id] = asyncio.create_task(self._run(answering))
+        self._running[answering.turn_id] = answering
+        task.add_done_callback(lambda _: self._over(answering))
+        return answering
+
+    def _over(self, answering: Answering) -> None:
+        answering.over = True
+        del self._tasks[answering.turn_id], self._running[answering.turn_id]
+
+    async def count_tokens(self, conversation: Conversation, caller: Caller) -> int:
+        """Length of the prompt that `answer` would render for a conversation that is new. Raises Refusal."""
+        await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
+        return len(self._rendered(conversation))
+
+    async def recall(self, turn_id: str, caller: Caller) -> Recalled:
+        """A turn of the caller's own key, answer included, just answered ones too. Raises Refusal (404, 503)."""
+        known = self._recent.get(turn_id)
+        if known is None:
+            known = await self._recorded(turn_id)
+        if known is None or not known.turn.retrievable or not _may_see(caller, known.turn):
+            raise Refusal(404, f"there is no turn {turn_id} that can be gone back to", code="turn_not_found")
+        return known
+
+    async def _recorded(self, turn_id: str) -> Recalled | None:
+        """From SQL, where it arrives a moment after its answer."""
+        for pause in RECALL_PAUSES_S:
+            try:
+                found = await self._store.transcript(turn_id)
+            except StoreUnavailable as error:
+                raise Refusal(503, "the database does not answer; try again", retry_after_s=2) from error
+            if found:
+                return Recalled(found.messages, found.turn)
+            await asyncio.sleep(pause)
+        return None
+
+    def forget(self, session_ids: Collection[str]) -> None:
+        """Nothing of these sessions is kept in memory any more."""
+        self._sessions.forget(session_ids)
+        self._replays.forget(session_ids)
+        for turn_id, known in list(self._recent.items()):
+            if known.turn.session_id in session_ids:
+                del self._recent[turn_id]
 
     def token_text(self, token: int) -> str:
         return self._renderer.decode((token,))
@@ -88,25 +162,9 @@ class Core:
 
     async def close(self) -> None:
         """End what is running as if its clients had hung up; returns when all of it is recorded."""
-        for task, answering in list(self._running.items()):
-            answering.hang_up(task)
-        await asyncio.gather(*self._running)
-
-    async def _next(self, answering: Answering) -> Event | Refusal:
-        """The next event, or Idle; a silent start is announced as soon as there is something to say."""
-        while True:
-            try:
-                async with asyncio.timeout(self._settings.keepalive_s):
-                    event = await answering.outbox.get()
-            except TimeoutError:
-                if not answering.release:
-                    continue
-                event = Idle() if answering.announced else answering.started()
-            if not isinstance(event, Started):
-                return event
-            if not answering.announced:
-                answering.announced = True
-                return event
+        for turn_id, answering in list(self._running.items()):
+            answering.hang_up(self._tasks[turn_id])
+        await asyncio.gather(*self._tasks.values())
 
     async def _run(self, answering: Answering) -> None:
         """From the request to its recorded end; whatever happens, one last event goes out."""
@@ -120,9 +178,13 @@ class Core:
         except Exception:
             log.exception("turn %s failed", answering.turn_id)
             event = Refusal(500, f"internal error; the log has it under turn {answering.turn_id}", code="internal")
-        if isinstance(event, Refusal) and answering.announced:
-            event = Ended(Finish.ERROR, answering.prompt_tokens, len(answering.response_ids), event)
-        answering.outbox.put_nowait(event)
+        if isinstance(event, Refusal):
+            answering.failed = True
+            event = answering.ended(Finish.ERROR, event) if answering.announced else event
+        else:
+            answering.failed = event.failure is not None
+        answering.over = True
+        answering.log.put(event)
 
     # ------------------------------------------------------------------------------------------------ the prompt
 
@@ -131,27 +193,54 @@ class Core:
         policy = await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
         place = await self._sessions.place(conversation, caller.tenant, caller.api_key_id, policy.policy_id)
         try:
-            answering.place, answering.past, answering.prompt_ids = self._prompt(conversation, place)
+            self._prompt(answering, place)
+            grammar = self._grammar(conversation)
         except RenderError as error:
             raise Refusal(400, str(error), code="invalid_value", param="messages") from error
         room = await self._room(answering.prompt_tokens)
-        sampling = replace(conversation.sampling, max_tokens=min(conversation.sampling.max_tokens, room))
+        most = min(conversation.sampling.max_tokens, room)
+        sampling = replace(conversation.sampling, max_tokens=most, grammar=grammar)
         answering.conversation = replace(conversation, sampling=sampling)
-        answering.policy, answering.parser = policy, self._renderer.parser(sampling.stop)
+        answering.policy = policy
+        answering.parser = self._renderer.parser(
+            sampling.stop, tools=_offered(conversation), prompt_ids=answering.past + answering.prompt_ids
+        )
         answering.release = await self._directory.release(policy.policy_id, place.session_id)
 
-    def _prompt(self, conversation: Conversation, place: Place) -> tuple[Place, tuple[int, ...], tuple[int, ...]]:
-        """(place, ids shared with the parent, ids behind them): the sampled ids of the parent, extended; else
-        everything rendered, sharing what happens to be equal."""
-        parent = place.parent
-        if parent is None:
-            return place, (), self._renderer.render(conversation.messages, conversation.tools)
-        tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], conversation.tools)
-        if tail is not None:
-            return place, parent.ids, tail
-        ids = self._renderer.render(conversation.messages, conversation.tools)
-        shared = common_prefix(parent.ids, ids)
-        return replace(place, fork_reason="no_bridge"), ids[:shared], ids[shared:]
+    def _prompt(self, answering: Answering, place: Place) -> None:
+        """Place and prompt: the sampled ids of the parent, extended; else everything rendered, sharing with the parent,
+        or with the session's newest turn, what happens to be equal."""
+        conversation, parent = answering.conversation, place.parent
+        if parent and place.extends:
+            tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], _offered(conversation))
+            if tail is not None:
+                answering.past, answering.prompt_ids = parent.ids, tail
+                answering.place, answering.parent_id = place, parent.turn_id
+                answering.shared_messages = parent.n_messages
+                return
+            place = replace(place, fork_reason=place.fork_reason or "no_bridge")
+        answering.place, ids = place, self._rendered(conversation)
+        if like := parent or place.relative:
+            shared = common_prefix(like.ids, ids)
+            answering.past, answering.prompt_ids, answering.parent_id = ids[:shared], ids[shared:], like.turn_id
+            answering.shared_messages = parent.n_messages if parent else 0
+        else:
+            answering.prompt_ids = ids
+
+    def _rendered(self, conversation: Conversation) -> tuple[int, ...]:
+        return self._renderer.render(conversation.messages, _offered(conversation))
+
+    def _grammar(self, conversation: Conversation) -> Grammar | None:
+        """What the answer must look like: the schema that was asked for, or calls of the tools that must be called."""
+        offered, choice, asked = _offered(conversation), conversation.tool_choice, conversation.sampling.grammar
+        if asked and offered:
+            complaint = "a response format and tools that may be called exclude each other; set tool_choice to 'none'"
+            raise Refusal(400, complaint, code="unsupported_value", param="tool_choice")
+        if asked or choice in ("auto", "none"):
+            return asked
+        if not offered:
+            raise Refusal(400, f"tool_choice {choice!r} needs tools", code="invalid_value", param="tool_choice")
+        return self._renderer.tool_grammar(offered, choice, conversation.parallel_tool_calls)
 
     async def _room(self, prompt_tokens: int) -> int:
         """Tokens left for the answer. Raises Refusal where the prompt is too long."""
@@ -195,17 +284,19 @@ class Core:
 
     async def _read(self, answering: Answering, chunks: AsyncGenerator[Chunk, None]) -> Finish:
         """Pass on what is sampled. Raises EngineError where the engine ends an answer that was not finished."""
-        parser, outbox = answering.parser, answering.outbox
+        parser, log = answering.parser, answering.log
         assert parser is not None
         async for chunk in chunks:
             if answering.first_token_s is None:
                 answering.first_token_s = time.monotonic() - answering.began
-                outbox.put_nowait(answering.started())
+                log.put(answering.started())
             answering.chunks.append(chunk)
-            text = parser.push(chunk.ids)
-            answering.text.append(text)
-            outbox.put_nowait(Delta(text, chunk.ids, chunk.logprobs))
+            parsed = parser.push(chunk.ids)
+            if parsed.reasoning and not parsed.text:
+                answering.reasoning_tokens += len(chunk.ids)
+            log.put(Delta(parsed, chunk.ids, chunk.logprobs))
             if parser.stopped:
+                answering.stop = parser.stop_string
                 return Finish.STOP
             if chunk.finish in (Finish.ABORTED, Finish.ERROR):
                 raise EngineError("the engine gave this answer up")
@@ -225,6 +316,7 @@ class Core:
                 rid=answering.turn_id,
                 release=answering.release,
                 stop_ids=self._renderer.stop_ids,
+                extra_key=answering.caller.tenant.tenant_id,
             )
             try:
                 async with aclosing(stream):
@@ -257,19 +349,49 @@ class Core:
         assert answering.parser is not None
         assert answering.place is not None
         if rest := answering.parser.finish():
-            answering.text.append(rest)
-            answering.outbox.put_nowait(Delta(rest, (), ()))
+            answering.log.put(Delta(rest, (), ()))
+        if finish is Finish.STOP and answering.parser.answer().tool_calls:
+            finish = Finish.TOOL_CALLS
         turn = answering.turn(finish, time.monotonic() - answering.began)
         self._metrics.ended(turn)
         head = None if failure else answering.head(turn)
-        try:
-            arrival = await self._shipper.append(turn, head, answering.place.scope)
-        except JournalFull as error:
-            raise _disk_full(error) from error
+        if answering.kept:
+            try:
+                arrival = await self._shipper.append(turn, head, answering.place.scope)
+            except JournalFull as error:
+                raise _disk_full(error) from error
+            self._recent[turn.turn_id] = Recalled(answering.conversation.messages, turn)
+            while len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
         if head:
             self._sessions.remember(head)
-        await self._shipper.sent(arrival, SHIP_S)
-        return Ended(finish, answering.prompt_tokens, len(turn.response_ids), failure)
+        if answering.kept:
+            await self._shipper.sent(arrival, SHIP_S)
+        return answering.ended(finish, failure)
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A turn as a later request finds it again."""
+
+    messages: tuple[Message, ...]  # all of the request's
+    turn: Turn
+
+    @property
+    def session_id(self) -> str:
+        """As the client knows it."""
+        return self.turn.client_session_id or self.turn.session_id
+
+
+def _may_see(caller: Caller, turn: Turn) -> bool:
+    """Its own key, or an admin of its tenant."""
+    own = turn.api_key_id == caller.api_key_id or "admin" in caller.scopes
+    return own and turn.tenant_id == caller.tenant.tenant_id
+
+
+def _offered(conversation: Conversation) -> tuple[Json, ...]:
+    """The tools that the model sees."""
+    return () if conversation.tool_choice == "none" else conversation.tools
 
 
 def new_turn_id() -> str:

@@ -55,6 +55,8 @@ class Head:
     ids: tuple[int, ...]  # the whole prompt and the response
     n_messages: int  # messages so far, the answer included
     chain: str
+    thoughts: str = ""  # keyed hash of all reasoning so far, message by message
+    tools: str = ""  # keyed hash of the tools that the prompt was rendered with
 
 
 @dataclass(frozen=True, slots=True)
