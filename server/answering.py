@@ -71,16 +71,24 @@ class Log:
             if not waiting.done():
                 waiting.set_result(None)
 
-    async def get(self, at: int) -> Event | Refusal:
-        """The event with this number, as soon as it is there."""
-        while at >= len(self._events):
-            waiting = asyncio.get_running_loop().create_future()
+    async def get(self, at: int, patience_s: float) -> Event | Refusal | None:
+        """The event with this number, as soon as it is there; None if that takes longer than `patience_s`."""
+        if at >= len(self._events):
+            loop = asyncio.get_running_loop()
+            waiting: asyncio.Future[None] = loop.create_future()
+            timer = loop.call_later(patience_s, _give_up, waiting)  # half the price of asyncio.timeout, for each token
             self._waiting.add(waiting)
             try:
                 await waiting
             finally:
                 self._waiting.discard(waiting)
-        return self._events[at]
+                timer.cancel()
+        return self._events[at] if at < len(self._events) else None
+
+
+def _give_up(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 @dataclass(slots=True)

@@ -77,13 +77,12 @@ class Core:
         at, announced = 0, False
         try:
             while True:
-                try:
-                    async with asyncio.timeout(self._settings.keepalive_s):
-                        event = await answering.log.get(at)
+                event = await answering.log.get(at, self._settings.keepalive_s)
+                if event is not None:
                     at += 1
-                except TimeoutError:
-                    if not answering.release:
-                        continue
+                elif not answering.release:
+                    continue
+                else:
                     event = Idle() if announced else answering.started()
                 if isinstance(event, Refusal):
                     raise event
