@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from sqlalchemy import RowMapping, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -60,13 +62,12 @@ def verdict_of(row: RowMapping) -> Verdict:
 
 
 async def _followed_by(connection: AsyncConnection, transcript: Transcript) -> tuple[Message, ...]:
-    """What the earliest child says beyond the turn and its answer; a child that only asks again says nothing."""
-    said = len(transcript.messages) + 1
-    query = select(turns).where(turns.c.parent_id == transcript.turn.turn_id, follows())
-    for row in (await connection.execute(query.order_by(turns.c.created_at, turns.c.turn_id))).mappings():
-        child = turn_of(row)
-        if added := child.messages[max(0, said - child.shared_messages) :]:
-            return added
+    """What was said right behind the turn's answer, by the earliest child that follows it."""
+    child = turns.alias("child")
+    query = select(child).join(turns, follows(child, turns)).where(turns.c.turn_id == transcript.turn.turn_id)
+    for row in (await connection.execute(query.order_by(child.c.created_at, child.c.turn_id))).mappings():
+        if said := tuple(takewhile(lambda message: message.role != "assistant", turn_of(row).messages)):
+            return said
     return ()
 
 

@@ -1,7 +1,7 @@
 """What one batch of arrivals does to SQL, inside the recorder's transaction.
 
 Order does not matter: a child may come before its parent, feedback before its turn, and anything twice. A turn's
-evidence revision is the number of its children that are no side requests plus the number of its feedback upserts.
+evidence revision is the number of its children that follow it plus the number of its feedback upserts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from sqlalchemy.sql.schema import Table
 
 from agent_rl.experience.database import Refused
 from agent_rl.experience.rows import feedback_row, turn_row
-from agent_rl.experience.tables import arrivals, dead_letters, feedback, journals, sessions, tombstones, turns
+from agent_rl.experience.tables import (
+    arrivals,
+    dead_letters,
+    feedback,
+    journals,
+    json_length,
+    sessions,
+    tombstones,
+    turns,
+)
 from agent_rl.types import Arrival, Feedback, Turn
 
 
@@ -30,9 +39,19 @@ def insert(connection: AsyncConnection, table: Table) -> Insert:
     return sqlite_insert(table)
 
 
-def follows(child: FromClause = turns) -> ColumnElement[bool]:
-    """Turns that count as what followed their parent: not a title, a summary or a warm-up."""
-    return or_(child.c.no_lesson.is_(None), child.c.no_lesson != "side")
+def of_the_conversation(turn: FromClause = turns) -> ColumnElement[bool]:
+    """Turns that are no title, summary or warm-up."""
+    return or_(turn.c.no_lesson.is_(None), turn.c.no_lesson != "side")
+
+
+def follows(child: FromClause, parent: FromClause) -> ColumnElement[bool]:
+    """Turns that count as what followed their parent: of the conversation, and holding the parent's answer unaltered.
+
+    A fork whose past was altered or compacted shares fewer messages than the parent has, and says nothing of it.
+    """
+    all_of_it = parent.c.shared_messages + json_length(parent.c.messages) + 1
+    its_child = child.c.parent_id == parent.c.turn_id
+    return its_child & of_the_conversation(child) & (child.c.shared_messages == all_of_it)
 
 
 async def write_arrivals(connection: AsyncConnection, batch: Sequence[Arrival]) -> dict[str, int]:
@@ -169,7 +188,7 @@ async def _upsert_sessions(connection: AsyncConnection, new: Sequence[Turn]) -> 
     first = case((coming.created_at < there.created_at, coming.created_at), else_=there.created_at)
     last = case((coming.last_turn_at > there.last_turn_at, coming.last_turn_at), else_=there.last_turn_at)
     statement = statement.on_conflict_do_update(
-        index_elements=["session_id"], set_={"created_at": first, "last_turn_at": last}
+        index_elements=["session_id"], set_={"created_at": first, "last_turn_at": last, "closed_at": None}
     )
     await connection.execute(statement, [rows[session_id] for session_id in sorted(rows)])
 
@@ -182,7 +201,7 @@ async def _place_session_feedback(connection: AsyncConnection, session_ids: set[
             turns.c.session_id == feedback.c.session_id,
             turns.c.tenant_id == feedback.c.tenant_id,
             turns.c.created_at <= feedback.c.created_at,
-            follows(),
+            of_the_conversation(),
         )
         .order_by(turns.c.created_at.desc())
         .limit(1)
@@ -197,7 +216,7 @@ async def _raise_evidence(connection: AsyncConnection, new: Sequence[Turn], said
     """Count everything for the turns of this batch; for turns from before, add what this batch brings."""
     ids = {turn.turn_id for turn in new}
     child = turns.alias("child")
-    children = select(func.count()).where(child.c.parent_id == turns.c.turn_id, follows(child)).scalar_subquery()
+    children = select(func.count()).where(follows(child, turns)).scalar_subquery()
     spoken = (
         select(func.count())
         .where(feedback.c.turn_id == turns.c.turn_id, feedback.c.tenant_id == turns.c.tenant_id)
@@ -206,7 +225,8 @@ async def _raise_evidence(connection: AsyncConnection, new: Sequence[Turn], said
     if ids:
         everything = update(turns).where(turns.c.turn_id.in_(sorted(ids)))
         await connection.execute(everything.values(evidence_revision=children + spoken))
-    more = Counter(turn.parent_id for turn in new if turn.parent_id and turn.no_lesson != "side")
+    followed = select(turns.c.turn_id).join(child, follows(child, turns)).where(child.c.turn_id.in_(sorted(ids)))
+    more = Counter((await connection.execute(followed)).scalars())
     more.update(await _turns_of(connection, said))
     for turn_id, n in sorted(more.items()):
         if turn_id not in ids:

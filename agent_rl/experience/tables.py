@@ -24,6 +24,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 
 metadata = MetaData(
     naming_convention={
@@ -35,6 +38,23 @@ metadata = MetaData(
 )
 json_type = JSON().with_variant(JSONB(), "postgresql")
 Id = String(64)
+
+
+class json_length(GenericFunction[int]):
+    """Items of a JSON list, which both databases count under two names."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(json_length)
+def _sqlite_length(call: json_length, compiler: SQLCompiler, **options: object) -> str:
+    return f"json_array_length({compiler.process(call.clauses, **options)})"
+
+
+@compiles(json_length, "postgresql")
+def _postgresql_length(call: json_length, compiler: SQLCompiler, **options: object) -> str:
+    return f"jsonb_array_length({compiler.process(call.clauses, **options)})"
 
 
 def _id(name: str, *, nullable: bool = False) -> Column[str]:
