@@ -10,32 +10,31 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from agent_rl.engine import Chunk, Engine, EngineError, EngineRejected, EngineUnavailable, ReleaseNotLoaded
 from agent_rl.experience.journal import JournalFull
 from agent_rl.experience.shipper import Shipper
-from agent_rl.experience.store import Store, StoreUnavailable
-from agent_rl.rendering import Renderer, RenderError
+from agent_rl.experience.store import Store
+from agent_rl.rendering import Renderer
 from agent_rl.settings import GatewaySettings
-from agent_rl.types import Conversation, Feedback, Finish, Grammar, Json, Message, Turn
+from agent_rl.types import Conversation, Feedback, Finish
 from server.answering import Answering, Delta, Ended, Event, Idle, Started
 from server.auth import Caller
 from server.directory import Directory
 from server.identity import is_aside
 from server.metrics import Metrics
+from server.prompting import Prompter
+from server.recalls import Recalled, Recalls
 from server.refusal import Refusal
 from server.replays import Replays
-from server.sessions import Place, Sessions
+from server.sessions import Sessions
 
 SHIP_S = 0.2  # how long an answer's end waits for Redis; the journal has it already
 RETRY_S = 0.1
-RECENT = 256  # turns kept so that the next request can name them before SQL has them
-RECALL_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.0)
 log = logging.getLogger("agent_rl.gateway")
 T = TypeVar("T")
 
@@ -56,11 +55,12 @@ class Core:
         metrics: Metrics,
     ) -> None:
         self._settings, self._engine, self._renderer, self._directory = settings, engine, renderer, directory
-        self._sessions, self._store, self._shipper, self._metrics = sessions, store, shipper, metrics
+        self._sessions, self._shipper, self._metrics = sessions, shipper, metrics
         self._running: dict[str, Answering] = {}  # by turn id
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._replays = Replays()
-        self._recent: OrderedDict[str, Recalled] = OrderedDict()  # turns that SQL may not have yet
+        self._recalls = Recalls(store)
+        self._prompter = Prompter(settings, renderer, directory, sessions)
         self._max_context: int | None = None
 
     async def answer(self, conversation: Conversation, caller: Caller) -> AsyncGenerator[Event, None]:
@@ -116,37 +116,17 @@ class Core:
 
     async def count_tokens(self, conversation: Conversation, caller: Caller) -> int:
         """Length of the prompt that `answer` would render for a conversation that is new. Raises Refusal."""
-        await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
-        return len(self._rendered(conversation))
+        return await self._prompter.count(conversation, caller)
 
     async def recall(self, turn_id: str, caller: Caller) -> Recalled:
         """A turn of the caller's own key, answer included, just answered ones too. Raises Refusal (404, 503)."""
-        known = self._recent.get(turn_id)
-        if known is None:
-            known = await self._recorded(turn_id)
-        if known is None or not known.turn.retrievable or not _may_see(caller, known.turn):
-            raise Refusal(404, f"there is no turn {turn_id} that can be gone back to", code="turn_not_found")
-        return known
-
-    async def _recorded(self, turn_id: str) -> Recalled | None:
-        """From SQL, where it arrives a moment after its answer."""
-        for pause in RECALL_PAUSES_S:
-            try:
-                found = await self._store.transcript(turn_id)
-            except StoreUnavailable as error:
-                raise Refusal(503, "the database does not answer; try again", retry_after_s=2) from error
-            if found:
-                return Recalled(found.messages, found.turn)
-            await asyncio.sleep(pause)
-        return None
+        return await self._recalls.find(turn_id, caller)
 
     def forget(self, session_ids: Collection[str]) -> None:
         """Nothing of these sessions is kept in memory any more."""
         self._sessions.forget(session_ids)
         self._replays.forget(session_ids)
-        for turn_id, known in list(self._recent.items()):
-            if known.turn.session_id in session_ids:
-                del self._recent[turn_id]
+        self._recalls.forget(session_ids)
 
     def token_text(self, token: int) -> str:
         return self._renderer.decode((token,))
@@ -170,7 +150,7 @@ class Core:
         event: Ended | Refusal
         try:
             with self._metrics.answering():
-                await self._prepare(answering)
+                await self._prompter.prepare(answering, await self._context())
                 event = await self._record(answering, *await self._sample(answering))
         except Refusal as refusal:
             event = refusal
@@ -184,76 +164,6 @@ class Core:
             answering.failed = event.failure is not None
         answering.over = True
         answering.log.put(event)
-
-    # ------------------------------------------------------------------------------------------------ the prompt
-
-    async def _prepare(self, answering: Answering) -> None:
-        conversation, caller = answering.conversation, answering.caller
-        policy = await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
-        place = await self._sessions.place(conversation, caller.tenant, caller.api_key_id, policy.policy_id)
-        try:
-            self._prompt(answering, place)
-            grammar = self._grammar(conversation)
-        except RenderError as error:
-            raise Refusal(400, str(error), code="invalid_value", param="messages") from error
-        room = await self._room(answering.prompt_tokens)
-        most = min(conversation.sampling.max_tokens, room)
-        sampling = replace(conversation.sampling, max_tokens=most, grammar=grammar)
-        answering.conversation = replace(conversation, sampling=sampling)
-        answering.policy = policy
-        answering.parser = self._renderer.parser(
-            sampling.stop, tools=_offered(conversation), prompt_ids=answering.past + answering.prompt_ids
-        )
-        answering.release = await self._directory.release(policy.policy_id, place.session_id)
-
-    def _prompt(self, answering: Answering, place: Place) -> None:
-        """Place and prompt: the sampled ids of the parent, extended; else everything rendered, sharing with the parent,
-        or with the session's newest turn, what happens to be equal."""
-        conversation, parent = answering.conversation, place.parent
-        if parent and place.extends:
-            tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], _offered(conversation))
-            if tail is not None:
-                answering.past, answering.prompt_ids = parent.ids, tail
-                answering.place, answering.parent_id = place, parent.turn_id
-                answering.shared_messages = parent.n_messages
-                return
-            place = replace(place, fork_reason=place.fork_reason or "no_bridge")
-        answering.place, ids = place, self._rendered(conversation)
-        if like := parent or place.relative:
-            shared = common_prefix(like.ids, ids)
-            answering.past, answering.prompt_ids, answering.parent_id = ids[:shared], ids[shared:], like.turn_id
-            answering.shared_messages = parent.n_messages if parent else 0
-        else:
-            answering.prompt_ids = ids
-
-    def _rendered(self, conversation: Conversation) -> tuple[int, ...]:
-        return self._renderer.render(conversation.messages, _offered(conversation))
-
-    def _grammar(self, conversation: Conversation) -> Grammar | None:
-        """What the answer must look like: the schema that was asked for, or calls of the tools that must be called."""
-        offered, choice, asked = _offered(conversation), conversation.tool_choice, conversation.sampling.grammar
-        if asked and offered:
-            complaint = "a response format and tools that may be called exclude each other; set tool_choice to 'none'"
-            raise Refusal(400, complaint, code="unsupported_value", param="tool_choice")
-        if asked or choice in ("auto", "none"):
-            return asked
-        if not offered:
-            raise Refusal(400, f"tool_choice {choice!r} needs tools", code="invalid_value", param="tool_choice")
-        return self._renderer.tool_grammar(offered, choice, conversation.parallel_tool_calls)
-
-    async def _room(self, prompt_tokens: int) -> int:
-        """Tokens left for the answer. Raises Refusal where the prompt is too long."""
-        if self._max_context is None:
-            self._max_context = (await self._patiently(self._engine.info)).max_context
-        limit = min(self._settings.max_prompt_tokens, self._max_context - 1)
-        if prompt_tokens > limit:
-            raise Refusal(
-                400,
-                f"the prompt is {prompt_tokens} tokens long; the limit is {limit} (a context of {self._max_context})",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        return self._max_context - prompt_tokens
 
     # ------------------------------------------------------------------------------------------------ the answer
 
@@ -330,6 +240,12 @@ class Core:
                 policy_id, session_id = answering.policy.policy_id, answering.place.session_id
                 answering.release = await self._directory.release(policy_id, session_id)
 
+    async def _context(self) -> int:
+        """The engine's longest context, asked once."""
+        if self._max_context is None:
+            self._max_context = (await self._patiently(self._engine.info)).max_context
+        return self._max_context
+
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """The engine's answer, a restart of it waited for. Raises Refusal."""
         deadline = time.monotonic() + self._settings.adapter_wait_s
@@ -359,9 +275,7 @@ class Core:
                 arrival = await self._shipper.append(turn, head, answering.place.scope)
             except JournalFull as error:
                 raise _disk_full(error) from error
-            self._recent[turn.turn_id] = Recalled(answering.conversation.messages, turn)
-            while len(self._recent) > RECENT:
-                self._recent.popitem(last=False)
+            self._recalls.remember(Recalled(answering.conversation.messages, turn))
         if head:
             self._sessions.remember(head)
         if answering.kept:
@@ -369,37 +283,9 @@ class Core:
         return answering.ended(finish, failure)
 
 
-@dataclass(frozen=True, slots=True)
-class Recalled:
-    """A turn as a later request finds it again."""
-
-    messages: tuple[Message, ...]  # all of the request's
-    turn: Turn
-
-    @property
-    def session_id(self) -> str:
-        """As the client knows it."""
-        return self.turn.client_session_id or self.turn.session_id
-
-
-def _may_see(caller: Caller, turn: Turn) -> bool:
-    """Its own key, or an admin of its tenant."""
-    own = turn.api_key_id == caller.api_key_id or "admin" in caller.scopes
-    return own and turn.tenant_id == caller.tenant.tenant_id
-
-
-def _offered(conversation: Conversation) -> tuple[Json, ...]:
-    """The tools that the model sees."""
-    return () if conversation.tool_choice == "none" else conversation.tools
-
-
 def new_turn_id() -> str:
     """32 hex digits that sort by time."""
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _gone() -> Refusal:

@@ -19,10 +19,10 @@ class Replays:
         self._known: OrderedDict[tuple[str | None, ...], Answering] = OrderedDict()  # oldest first
 
     def find(self, key: tuple[str | None, ...]) -> Answering | None:
-        """The first try, running or well ended; one that failed is asked anew."""
+        """The first try, running or well ended; one that failed or was left by its client is asked anew."""
         self._forget_old()
         known = self._known.get(key)
-        return None if known is None or known.failed else known
+        return None if known is None or known.failed or known.abandoned else known
 
     def add(self, key: tuple[str | None, ...], answering: Answering) -> None:
         self._known.pop(key, None)

@@ -1,0 +1,104 @@
+"""From a conversation to what the engine is given: its session, its prompt, its grammar, its release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from agent_rl.rendering import Renderer, RenderError
+from agent_rl.settings import GatewaySettings
+from agent_rl.types import Conversation, Grammar, Json
+from server.answering import Answering
+from server.auth import Caller
+from server.directory import Directory
+from server.refusal import Refusal
+from server.sessions import Place, Sessions
+
+
+class Prompter:
+    def __init__(self, settings: GatewaySettings, renderer: Renderer, directory: Directory, sessions: Sessions) -> None:
+        self._settings, self._renderer, self._directory, self._sessions = settings, renderer, directory, sessions
+
+    async def prepare(self, answering: Answering, max_context: int) -> None:
+        """Everything that sampling needs. Raises Refusal."""
+        conversation, caller = answering.conversation, answering.caller
+        policy = await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
+        place = await self._sessions.place(conversation, caller.tenant, caller.api_key_id, policy.policy_id)
+        try:
+            self._prompt(answering, place)
+            grammar = self._grammar(conversation)
+        except RenderError as error:
+            raise Refusal(400, str(error), code="invalid_value", param="messages") from error
+        room = self._room(answering.prompt_tokens, max_context)
+        most = min(conversation.sampling.max_tokens, room)
+        sampling = replace(conversation.sampling, max_tokens=most, grammar=grammar)
+        answering.conversation = replace(conversation, sampling=sampling)
+        answering.policy = policy
+        answering.parser = self._renderer.parser(
+            sampling.stop, tools=_offered(conversation), prompt_ids=answering.past + answering.prompt_ids
+        )
+        answering.release = await self._directory.release(policy.policy_id, place.session_id)
+
+    def _prompt(self, answering: Answering, place: Place) -> None:
+        """Place and prompt: the sampled ids of the parent, extended; else everything rendered, sharing with the parent,
+        or with the session's newest turn, what happens to be equal."""
+        conversation, parent = answering.conversation, place.parent
+        if parent and place.extends:
+            tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], _offered(conversation))
+            if tail is not None:
+                answering.past, answering.prompt_ids = parent.ids, tail
+                answering.place, answering.parent_id = place, parent.turn_id
+                answering.shared_messages = parent.n_messages
+                return
+            place = replace(place, fork_reason=place.fork_reason or "no_bridge")
+        answering.place, ids = place, self._rendered(conversation)
+        if like := parent or place.relative:
+            shared = common_prefix(like.ids, ids)
+            answering.past, answering.prompt_ids, answering.parent_id = ids[:shared], ids[shared:], like.turn_id
+            answering.shared_messages = parent.n_messages if parent else 0
+        else:
+            answering.prompt_ids = ids
+
+    async def count(self, conversation: Conversation, caller: Caller) -> int:
+        """Length of the whole prompt, rendered anew. Raises Refusal."""
+        await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
+        try:
+            return len(self._rendered(conversation))
+        except RenderError as error:
+            raise Refusal(400, str(error), code="invalid_value", param="messages") from error
+
+    def _rendered(self, conversation: Conversation) -> tuple[int, ...]:
+        return self._renderer.render(conversation.messages, _offered(conversation))
+
+    def _grammar(self, conversation: Conversation) -> Grammar | None:
+        """What the answer must look like: the schema that was asked for, or calls of the tools that must be called."""
+        offered, choice, asked = _offered(conversation), conversation.tool_choice, conversation.sampling.grammar
+        if asked and offered:
+            complaint = "a response format and tools that may be called exclude each other; set tool_choice to 'none'"
+            raise Refusal(400, complaint, code="unsupported_value", param="tool_choice")
+        if asked or choice in ("auto", "none"):
+            return asked
+        if not offered:
+            raise Refusal(400, f"tool_choice {choice!r} needs tools", code="invalid_value", param="tool_choice")
+        return self._renderer.tool_grammar(offered, choice, conversation.parallel_tool_calls)
+
+    def _room(self, prompt_tokens: int, max_context: int) -> int:
+        """Tokens left for the answer. Raises Refusal where the prompt is too long."""
+        limit = min(self._settings.max_prompt_tokens, max_context - 1)
+        if prompt_tokens > limit:
+            raise Refusal(
+                400,
+                f"the prompt is {prompt_tokens} tokens long; the limit is {limit} (a context of {max_context})",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        return max_context - prompt_tokens
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _offered(conversation: Conversation) -> tuple[Json, ...]:
+    """The tools that the model sees."""
+    return () if conversation.tool_choice == "none" else conversation.tools
