@@ -65,6 +65,7 @@ class Chunk:
     finish: Finish | None = None  # on the last chunk; ERROR: the engine failed, what came before is what it sampled
     matched_stop: str | None = None  # the stop string that ended it, if one did
     spans: tuple[Span, ...] = ()  # on the last chunk: of the whole response
+    cached_tokens: int = 0  # on the last chunk: of the prompt, those whose KV the engine had from before
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,15 @@ class Engine:
         release: str = BASE_RELEASE,
         stop_ids: Sequence[int] = (),
         priority: int = 0,
+        extra_key: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Sample an answer token by token. Closing the iterator early aborts the request on the server.
 
-        Raises EngineRejected, ReleaseNotLoaded, EngineUnavailable.
+        Requests share cached prefixes only with those of the same `extra_key`. Raises EngineRejected, ReleaseNotLoaded,
+        EngineUnavailable.
         """
-        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority)
-        reader = AnswerReader(body.get("lora_path"), sampling.ratio_free)
+        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority, extra_key)
+        reader = AnswerReader(body.get("lora_path"), sampling)
         async with self._call("POST", "/generate", body | {"stream": True}) as response:
             async for event in _events(response):
                 chunk = reader.read(event)
@@ -142,18 +145,25 @@ class Engine:
         release: str = BASE_RELEASE,
         stop_ids: Sequence[int] = (),
         priority: int = 1,
+        extra_key: str | None = None,
     ) -> Completion:
         """Sample a whole answer. Raises as `stream`; an engine that fails in the middle is an EngineError."""
-        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority)
+        body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority, extra_key)
         answer = await self._json("POST", "/generate", body)
         self._heard(answer["meta_info"])
-        chunk = AnswerReader(body.get("lora_path"), sampling.ratio_free).read(answer)
+        chunk = AnswerReader(body.get("lora_path"), sampling).read(answer)
         if chunk.finish is None or chunk.finish is Finish.ERROR:
             raise EngineError(f"{self.url} gave up: {answer['meta_info']['finish_reason']}")
         return Completion(chunk.ids, chunk.logprobs, chunk.kept_mass, chunk.finish, chunk.spans, chunk.matched_stop)
 
     async def score(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], *, release: str = BASE_RELEASE, priority: int = 1
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        *,
+        release: str = BASE_RELEASE,
+        priority: int = 1,
+        extra_key: str | None = None,
     ) -> tuple[float, ...]:
         """log p(response_ids[i] | prompt_ids, response_ids[:i]) at T = 1, full vocabulary, [R]; the first token too.
         NaN where the engine's own value was no finite number."""
@@ -161,7 +171,7 @@ class Engine:
             raise ValueError(f"nothing to score: {len(prompt_ids)} prompt ids, {len(response_ids)} response ids")
         start = len(prompt_ids) - 1  # one position early: an engine gives no logprob for the first one asked for
         ids = [*prompt_ids, *response_ids]
-        body = await self._request(ids, release, {"max_new_tokens": 0, "temperature": 1.0}, None, priority)
+        body = await self._request(ids, release, {"max_new_tokens": 0, "temperature": 1.0}, None, priority, extra_key)
         answer = await self._json("POST", "/generate", body | {"logprob_start_len": start})
         self._heard(answer["meta_info"])
         if (reason := answer["meta_info"]["finish_reason"])["type"] == "abort":
@@ -230,14 +240,20 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- HTTP
 
     async def _request(
-        self, ids: Sequence[int], release: str, sampling: dict[str, Any], rid: str | None, priority: int
+        self,
+        ids: Sequence[int],
+        release: str,
+        sampling: dict[str, Any],
+        rid: str | None,
+        priority: int,
+        extra_key: str | None,
     ) -> dict[str, Any]:
         """The body of /generate. Raises EngineRejected on ids that no engine can embed: SGLang would die of them."""
         if self._vocab_size is None:
             await self.info()
         assert self._vocab_size is not None
-        outside = [i for i in ids if not 0 <= i < self._vocab_size]
-        if outside or not ids:
+        if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
+            outside = [i for i in ids if not 0 <= i < self._vocab_size]
             raise EngineRejected(f"{len(ids)} ids, {outside[:4]} of them outside the vocabulary of {self._vocab_size}")
         adapter = await self._adapter(release)
         return {
@@ -247,6 +263,7 @@ class Engine:
             "return_logprob": True,
             "priority": priority,
             **({"lora_path": adapter} if adapter else {}),
+            **({"extra_key": extra_key} if extra_key else {}),
         }
 
     async def _adapter(self, release: str) -> str | None:
@@ -297,9 +314,9 @@ class Engine:
 class AnswerReader:
     """Turns the events of one answer into chunks, whether each event repeats all that came before or only adds."""
 
-    def __init__(self, adapter: str | None, ratio_free: bool) -> None:
+    def __init__(self, adapter: str | None, sampling: Sampling) -> None:
         self.adapter = adapter
-        self.ratio_free = ratio_free
+        self.sampling = sampling
         self.seen = 0
 
     def read(self, event: Mapping[str, Any]) -> Chunk:
@@ -313,15 +330,17 @@ class AnswerReader:
         logprobs = _last(new, [entry[0] for entry in entries[len(entries) - new :]], "logprobs")
         kept = meta.get("output_token_kept_mass")
         kept_mass = (None,) * new if kept is None else _last(new, kept, "kept masses")
+        masked = self.sampling.grammar is not None and kept is None  # its logprobs may be of the masked distribution
         self.seen = total
         reason = meta.get("finish_reason")
         return Chunk(
             ids=ids,
-            logprobs=(None,) * new if self.ratio_free else logprobs,
+            logprobs=(None,) * new if self.sampling.ratio_free or masked else logprobs,
             kept_mass=kept_mass,
             finish=_finish(reason) if reason else None,
             matched_stop=reason["matched"] if reason and isinstance(reason.get("matched"), str) else None,
             spans=read_spans(meta, self.adapter) if reason else (),
+            cached_tokens=int(meta.get("cached_tokens") or 0) if reason else 0,
         )
 
 
@@ -352,7 +371,11 @@ def sampling_body(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]
         "stop": list(sampling.stop),
         "stop_token_ids": list(stop_ids),
     }
-    return body if sampling.seed is None else body | {"sampling_seed": sampling.seed}
+    if sampling.seed is not None:
+        body["sampling_seed"] = sampling.seed
+    if sampling.grammar is not None:
+        body[sampling.grammar.kind] = sampling.grammar.text
+    return body
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

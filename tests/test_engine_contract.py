@@ -7,8 +7,12 @@ nature is said by `Server.samples`: a script has no weights, so nothing can be c
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
+from math import exp, log
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +22,7 @@ from tiny import make_model
 
 from agent_rl.engine import Chunk, Completion, Engine, EngineError, EngineRejected, EngineUnavailable, ReleaseNotLoaded
 from agent_rl.models import load_adapter, load_model, tensors_checksum
-from agent_rl.types import BASE_RELEASE, Finish, Sampling, Span
+from agent_rl.types import BASE_RELEASE, Finish, Grammar, Sampling, Span
 
 ENGINES = ("torch", "scripted")
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -160,6 +164,92 @@ async def test_a_stream_is_the_same_answer_in_pieces(server: Server) -> None:
     assert (streamed.ids, streamed.finish, streamed.spans) == (whole.ids, whole.finish, whole.spans)
     assert streamed.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
     assert streamed.kept_mass == pytest.approx(whole.kept_mass, abs=1e-4)
+
+
+async def test_a_grammar_is_followed_and_its_tokens_are_weighed_honestly(server: Server) -> None:
+    """Logprobs are of the full distribution; where the grammar leaves one token alone, there is none."""
+    needs_weights(server)
+    prompt = server.prompt("What is tea?")
+    sampling = Sampling(40, temperature=0.7, grammar=Grammar("regex", "Tea is (hot|cold|[0-9]{6})!"))
+    answer = await server.engine.complete(prompt, sampling, stop_ids=(2,))
+    assert answer.finish is Finish.STOP
+    assert re.fullmatch("Tea is (hot|cold|[0-9]{6})!", server.tokenizer.decode(answer.ids[:-1]))
+    with torch.no_grad():
+        logits = load_model(server.folder, "float32")(torch.tensor([prompt + list(answer.ids)])).logits
+    logprobs = (logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+    weighed = 0
+    for step, (token, got, kept) in enumerate(zip(answer.ids, answer.logprobs, answer.kept_mass, strict=True)):
+        full = logprobs[step, token].item()
+        assert kept is not None
+        assert full <= log(kept) + 1e-4
+        assert got == pytest.approx(full, abs=1e-4) if got is not None else kept == pytest.approx(exp(full), rel=1e-3)
+        weighed += got is not None
+    assert 0 < weighed < len(answer.ids)
+    assert answer.logprobs[-1] is None  # behind the mark nothing can follow but the end
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"const": "Paris"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CALL = {
+    "type": "tag",
+    "begin": "<call>",
+    "content": {"type": "json_schema", "json_schema": {"const": 7}},
+    "end": "</call>",
+}
+CALLS = {
+    "type": "tags_with_separator",
+    "tags": [CALL],
+    "separator": "\n",
+    "at_least_one": True,
+    "stop_after_first": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "text"),
+    [
+        ("json_schema", CITY, r'\s*{\s*"city"\s*:\s*"Paris"\s*}\s*'),
+        ("structural_tag", {"type": "structural_tag", "format": CALLS}, r"<call>\s*7\s*</call>"),
+    ],
+)
+async def test_schemas_and_tags(server: Server, kind: str, body: dict[str, Any], text: str) -> None:
+    sampling = Sampling(200, seed=1, grammar=Grammar(kind, json.dumps(body)))
+    answer = await server.engine.complete(server.prompt("tea"), sampling, stop_ids=(2,))
+    assert answer.finish is Finish.STOP
+    if server.samples:
+        assert re.fullmatch(text, server.tokenizer.decode(answer.ids[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar("regex", "a("), r"(?s)regex cannot be enforced: .*unclosed group"),
+        (Grammar("json_schema", '{"format": "odd"}'), "json_schema cannot be enforced: Unknown format: odd"),
+    ],
+)
+async def test_a_bad_grammar_is_rejected(server: Server, grammar: Grammar, words: str) -> None:
+    needs_weights(server)
+    with pytest.raises(EngineRejected, match=words):
+        await server.engine.complete(server.prompt("tea"), Sampling(4, grammar=grammar))
+    with pytest.raises(EngineRejected, match=words):
+        await anext(server.engine.stream(server.prompt("tea"), Sampling(4, grammar=grammar), rid="a"))
+
+
+async def test_what_was_cached_is_said_and_stays_within_its_key(server: Server) -> None:
+    needs_weights(server)
+    cached = []
+    for key in ("a", "b", "a", None, None):
+        chunks = [
+            c async for c in server.engine.stream(server.prompt("tea"), GREEDY, rid=f"{len(cached)}", extra_key=key)
+        ]
+        assert [chunk.cached_tokens for chunk in chunks[:-1]] == [0] * (len(chunks) - 1)
+        cached.append(chunks[-1].cached_tokens)
+    known = len(server.prompt("tea")) - 1
+    assert cached == [0, 0, known, 0, known]
 
 
 async def test_seeds(server: Server) -> None:
@@ -418,6 +508,7 @@ async def test_nobody_there(server: Server) -> None:
         ({"input_ids": [5], "sampling_params": {"beams": 3}}, "sampling_params.beams"),
         ({"input_ids": [5], "top_logprobs_num": 3}, "top_logprobs_num"),
         ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [5], "sampling_params": {"regex": "a", "json_schema": "{}"}}, "json_schema and regex"),
         ({"text": "hello"}, "input_ids"),
         ({"input_ids": [5, 10**9]}, "outside the vocabulary"),
         ({"input_ids": [5], "lora_path": "r9"}, "never been loaded: r9"),

@@ -105,6 +105,7 @@ DOORS: dict[str, list[str]] = {
         "server/engines/kv.py",
     ],
     "megatron": ["agent_rl/training/megatron/"],
+    "llguidance": ["server/engines/grammar.py"],
     "fastapi": ["server/"],
     "uvicorn": ["server/"],
     "sglang": [],

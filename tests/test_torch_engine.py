@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from math import log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import make_adapter
 from tiny import make_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MistralConfig, Phi3Config, Qwen3Config
 
-from agent_rl.models import ModelError, load_model
+from agent_rl.models import ModelError, load_model, load_tokenizer
+from agent_rl.types import Grammar
 from server.engines import runner
 from server.engines.contract import Busy, GenerateRequest, Piece, Refused, SamplingParams
+from server.engines.grammar import Grammars, Matcher
 from server.engines.kv import KVShape, PrefixCache, Slab
 from server.engines.runner import Runner
 from server.engines.sampling import Draw, Drawn, sample, score
@@ -92,6 +96,29 @@ def test_temperature_penalties_and_kinds_side_by_side() -> None:
     assert penalised == Drawn(1, None, None)
 
 
+def allowed(*tokens: int) -> Any:
+    return np.isin(np.arange(4), tokens)
+
+
+def test_a_grammar_masks_and_leaves_the_logprob_alone() -> None:
+    plain, cut, greedy, forced, nothing, free = drawn(
+        [
+            draw(0.9999, allowed=allowed(1, 2)),
+            draw(0.9999, top_p=0.6, allowed=allowed(1, 2)),  # 0.25 of 0.4 is more than 0.6 of it
+            draw(temperature=0.0, ratio_free=True, allowed=allowed(2, 3)),
+            draw(allowed=allowed(3)),
+            draw(allowed=allowed()),
+            draw(0.9999),
+        ]
+    )
+    assert plain == Drawn(2, pytest.approx(log(0.15), abs=1e-6), pytest.approx(0.4, abs=1e-6))
+    assert cut == Drawn(1, pytest.approx(log(0.25), abs=1e-6), pytest.approx(0.25, abs=1e-6))
+    assert greedy == Drawn(2, None, None)
+    assert forced == Drawn(3, None, pytest.approx(0.1, abs=1e-6))
+    assert nothing is None
+    assert free == Drawn(3, pytest.approx(log(0.1), abs=1e-6), None)
+
+
 def test_logits_that_are_not_finite_draw_nothing() -> None:
     logits = torch.zeros(3, 4)
     logits[0, 1], logits[1, 2] = float("nan"), float("inf")
@@ -137,39 +164,44 @@ def kv(length: int) -> torch.Tensor:
 
 def test_the_longest_beginning_is_found_under_its_own_release() -> None:
     cache = PrefixCache(max_bytes=1000)
-    cache.add("r1", [1, 2, 3, 4], kv(4))
-    cache.add("r1", [1, 2, 9], kv(3))
-    assert [found.shape[3] for found in [cache.longest("r1", [1, 2, 3, 5]), cache.longest("r1", [1, 2, 9, 9])]] == [
+    cache.add(("r1", None), [1, 2, 3, 4], kv(4))
+    cache.add(("r1", None), [1, 2, 9], kv(3))
+    assert [
+        found.shape[3]
+        for found in [cache.longest(("r1", None), [1, 2, 3, 5]), cache.longest(("r1", None), [1, 2, 9, 9])]
+    ] == [
         3,
         3,
     ]
-    assert cache.longest("r2", [1, 2, 3]) is None
-    assert cache.longest("r1", [7]) is None
+    assert cache.longest(("r2", None), [1, 2, 3]) is None
+    assert cache.longest(("r1", "tenant"), [1, 2, 3]) is None
+    assert cache.longest(("r1", None), [7]) is None
 
 
 def test_what_was_least_recently_used_goes_first() -> None:
     cache = PrefixCache(max_bytes=10 * 8)
-    cache.add("r", [1, 1, 1, 1], kv(4))
-    cache.add("r", [2, 2, 2, 2], kv(4))
-    cache.longest("r", [1])
-    cache.add("r", [3, 3, 3, 3], kv(4))
-    assert cache.longest("r", [2]) is None
-    assert cache.longest("r", [1]) is not None
+    cache.add(("r", None), [1, 1, 1, 1], kv(4))
+    cache.add(("r", None), [2, 2, 2, 2], kv(4))
+    cache.longest(("r", None), [1])
+    cache.add(("r", None), [3, 3, 3, 3], kv(4))
+    assert cache.longest(("r", None), [2]) is None
+    assert cache.longest(("r", None), [1]) is not None
     assert cache.bytes == 8 * 8
-    cache.add("r", [4] * 11, kv(11))  # larger than the cache
-    assert cache.longest("r", [4]) is None
+    cache.add(("r", None), [4] * 11, kv(11))  # larger than the cache
+    assert cache.longest(("r", None), [4]) is None
     assert cache.bytes == 8 * 8
 
 
 def test_a_longer_conversation_replaces_its_beginning() -> None:
     cache = PrefixCache(max_bytes=1000)
-    cache.add("r", [1, 2], kv(2))
-    cache.add("r", [1, 2, 3], kv(3))
+    cache.add(("r", None), [1, 2], kv(2))
+    cache.add(("r", None), [1, 2, 3], kv(3))
     assert cache.bytes == 3 * 8
+    cache.add(("other", "tenant"), [1, 2], kv(2))
     cache.forget("other")
     assert cache.bytes == 3 * 8
     cache.forget()
-    assert (cache.bytes, cache.longest("r", [1])) == (0, None)
+    assert (cache.bytes, cache.longest(("r", None), [1])) == (0, None)
 
 
 def test_a_slab_moves_rows() -> None:
@@ -196,9 +228,10 @@ class Bench:
         params = SamplingParams(
             max_new_tokens=tokens, **({"temperature": 0.0, "ignore_eos": True} | given.pop("params", {}))
         )
+        matcher = given.pop("matcher", None)
         request = GenerateRequest(input_ids=ids, sampling_params=params, rid=rid, **given)
         pieces = self.pieces[rid] = []
-        self.scheduler.submit(Work(request, Stopper(params, (), str), pieces.append))
+        self.scheduler.submit(Work(request, Stopper(params, (), str), pieces.append, matcher))
 
     def run(self) -> None:
         for _ in range(1000):
@@ -341,6 +374,145 @@ def test_releases_share_no_kv(bench: Bench, tiny_model: Path, tmp_path: Path) ->
     bench.run()
     assert bench.last("r1").cached_tokens == 0
     assert bench.out("r1") != bench.out("base")
+
+
+def test_tenants_share_no_kv(bench: Bench) -> None:
+    """A prompt that another tenant has asked before is read as any new one: nothing is faster, nothing is said."""
+    bench.ask("mine", prompt(1, 40), extra_key="a")
+    bench.run()
+    bench.ask("theirs", prompt(1, 40), extra_key="b")
+    bench.ask("nobody's", prompt(1, 40))
+    bench.run()
+    assert [bench.last(rid).cached_tokens for rid in ("theirs", "nobody's")] == [0, 0]
+    bench.ask("mine again", prompt(1, 40), extra_key="a")
+    bench.run()
+    assert bench.last("mine again").cached_tokens == 39
+    assert bench.out("theirs") == bench.out("mine again") == bench.out("mine")
+
+
+# ------------------------------------------------------------------------------------------------- grammars
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_model: Path) -> Grammars:
+    tokenizer = load_tokenizer(tiny_model)
+    return Grammars(tokenizer, len(tokenizer), (2,))
+
+
+def accepts(matcher: Matcher, ids: list[int]) -> bool:
+    """Whether the tokens may come one after the other."""
+    for token in ids:
+        if not matcher.allowed()[token]:
+            return False
+        matcher.append(token)
+    return True
+
+
+def structure(form: dict[str, Any]) -> Grammar:
+    return Grammar("structural_tag", json.dumps({"type": "structural_tag", "format": form}))
+
+
+def call(name: str, begin: str = "<tool_call>\n", end: str = "\n</tool_call>") -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"name": {"const": name}, "arguments": {"type": "object"}}}
+    schema |= {"required": ["name", "arguments"], "additionalProperties": False}
+    return {"type": "tag", "begin": begin, "content": {"type": "json_schema", "json_schema": schema}, "end": end}
+
+
+def tags(**given: Any) -> Grammar:
+    fixed = {"type": "tags_with_separator", "tags": [call("look"), call("say")], "separator": "\n"}
+    return structure(fixed | given)
+
+
+LOOK = '<tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>'
+SAY = '<tool_call>\n{"name": "say", "arguments": {}}\n</tool_call>'
+END = 2  # <|im_end|>
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "fits"),
+    [
+        (Grammar("regex", "[ab]+"), "abba", True),
+        (Grammar("regex", "[ab]+"), "", False),  # an end only where the grammar may end
+        (Grammar("regex", "[ab]+"), "abc", False),
+        (Grammar("json_schema", '{"type": "array", "items": {"enum": ["é", 2]}}'), '["é", 2]', True),
+        (Grammar("json_schema", '{"type": "array", "items": {"enum": ["é", 2]}}'), "[2, 3]", False),
+        (Grammar("json_schema", '{"type": "array"}'), "[2, ", False),
+        (tags(at_least_one=True), f"{LOOK}\n{SAY}\n{LOOK}", True),
+        (tags(at_least_one=True), f"{LOOK}{SAY}", False),
+        (tags(at_least_one=True), "", False),
+        (tags(), "", True),
+        (tags(at_least_one=True, stop_after_first=True), SAY, True),
+        (tags(at_least_one=True, stop_after_first=True), f"{LOOK}\n{SAY}", False),
+        (tags(at_least_one=True), SAY.replace("say", "sing"), False),
+        (structure(call("say", begin="<call>", end="")), '<call>{"name": "say", "arguments": {}}', True),
+    ],
+)
+def test_a_grammar_takes_what_fits_and_then_an_end(grammars: Grammars, grammar: Grammar, text: str, fits: bool) -> None:
+    matcher = grammars.matcher(grammar, {END})
+    assert accepts(matcher, [*encode(grammars, text), END]) == fits
+
+
+def encode(grammars: Grammars, text: str) -> list[int]:
+    ids: list[int] = grammars._tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def test_a_special_token_in_a_tag_is_that_token(grammars: Grammars) -> None:
+    grammar = structure(call("say", begin="<|im_start|>", end=""))
+    assert accepts(grammars.matcher(grammar, {END}), [1, *encode(grammars, '{"name": "say", "arguments": {}}'), END])
+    spelled = [i for piece in ("<|", "im_", "start|>") for i in encode(grammars, piece)]
+    assert 1 not in spelled
+    assert not accepts(grammars.matcher(grammar, {END}), spelled)
+
+
+def test_a_compiled_grammar_is_used_again_from_its_beginning(grammars: Grammars) -> None:
+    grammar, known = Grammar("regex", "ab"), grammars._compiled.cache_info().misses
+    first = grammars.matcher(grammar, {END})
+    assert accepts(first, encode(grammars, "ab"))
+    second = grammars.matcher(grammar, {END, 7})
+    assert accepts(second, encode(grammars, "ab"))
+    assert grammars._compiled.cache_info().misses == known + 1
+    assert np.flatnonzero(second.allowed()).tolist() == [END, 7]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar("regex", "a("), "regex cannot be enforced: .*unclosed group"),
+        (Grammar("json_schema", "{"), "json_schema cannot be read: "),
+        (Grammar("json_schema", '{"type": "objct"}'), "json_schema cannot be enforced: Invalid type: objct"),
+        (Grammar("structural_tag", '{"structures": [], "triggers": []}'), "structural_tag cannot be read: .*format"),
+        (structure({"type": "triggered_tags", "tags": []}), "structural_tag cannot be read: .*tags_with_separator"),
+        (structure(call("say") | {"odd": 1}), "odd: Extra inputs"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(grammars: Grammars, grammar: Grammar, words: str) -> None:
+    with pytest.raises(Refused, match=f"(?s){words}"):
+        grammars.matcher(grammar, {END})
+
+
+def test_logits_without_a_word_are_never_allowed(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    matcher = Grammars(tokenizer, len(tokenizer) + 11, (2,)).matcher(Grammar("regex", r"(.|\n)*"), {END})
+    assert matcher.allowed().tolist()[-12:] == [True] + [False] * 11
+
+
+def test_a_grammar_needs_an_end(grammars: Grammars) -> None:
+    with pytest.raises(Refused, match="needs a token that ends the answer"):
+        grammars.matcher(Grammar("regex", "a"), ())
+
+
+def test_a_grammar_that_fails_ends_its_own_answer_alone(bench: Bench, grammars: Grammars) -> None:
+    broken = grammars.matcher(Grammar("regex", "ab"), {END})
+    broken.append(encode(grammars, "x")[0])
+    bench.ask("broken", prompt(1, 9), matcher=broken, params={"temperature": 1.0})
+    bench.ask("fine", prompt(2, 9))
+    bench.run()
+    finish = bench.last("broken").finish
+    assert finish is not None
+    assert (finish["type"], bench.out("broken")) == ("abort", [])
+    assert finish["message"].startswith("the grammar failed: ")
+    assert len(bench.out("fine")) == 8
 
 
 def test_scoring_reads_in_chunks_and_from_known_beginnings(bench: Bench, tiny_model: Path) -> None:

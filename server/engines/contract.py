@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from agent_rl.types import Grammar
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -43,6 +45,23 @@ class SamplingParams(Body):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     sampling_seed: int | None = None
+    json_schema: str | None = None  # of these three at most one: what the answer must look like
+    regex: str | None = None
+    structural_tag: str | None = None
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> SamplingParams:
+        if len(given := self._grammars()) > 1:
+            raise ValueError(f"an answer follows one grammar, not {' and '.join(g.kind for g in given)}")
+        return self
+
+    def _grammars(self) -> list[Grammar]:
+        kinds = ("json_schema", "regex", "structural_tag")
+        return [Grammar(kind, text) for kind in kinds if (text := getattr(self, kind)) is not None]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return next(iter(self._grammars()), None)
 
     @property
     def truncates(self) -> bool:
@@ -63,6 +82,7 @@ class GenerateRequest(Body):
     sampling_params: SamplingParams = SamplingParams()
     rid: str = Field(default_factory=lambda: uuid.uuid4().hex)
     lora_path: str | None = None  # an adapter by the name it was loaded under
+    extra_key: str | None = None  # cached prefixes are shared with requests of the same key alone
     priority: int = 0  # 0: a user's; larger is less urgent
     return_logprob: bool = False
     logprob_start_len: int = Field(-1, ge=-1)  # from here on, prompt tokens are scored

@@ -78,20 +78,26 @@ class SlabCache(Cache):
         return self.length
 
 
+Space = tuple[str, str | None]  # release, extra_key
+
+
 class PrefixCache:
-    """KV of finished conversations by release, least recently used out first: the next turn begins where one ended."""
+    """KV of finished conversations, least recently used out first: the next turn begins where one ended.
+
+    Each release and each `extra_key` has a space of its own: what one holds neither shows nor speeds up another's.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.entries: OrderedDict[tuple[str, bytes], tuple[NDArray[np.int64], Tensor]] = OrderedDict()
+        self.entries: OrderedDict[tuple[Space, bytes], tuple[NDArray[np.int64], Tensor]] = OrderedDict()
 
-    def longest(self, release: str, ids: Sequence[int]) -> Tensor | None:
-        """KV of the longest known beginning of `ids` under this release, [Y, 2, H, length, D]."""
+    def longest(self, space: Space, ids: Sequence[int]) -> Tensor | None:
+        """KV of the longest known beginning of `ids` in this space, [Y, 2, H, length, D]."""
         wanted = np.asarray(ids, dtype=np.int64)
         best, length = None, 0
         for key, (known, _) in self.entries.items():
-            shared = _shared(known, wanted) if key[0] == release else 0
+            shared = _shared(known, wanted) if key[0] == space else 0
             if shared > length:
                 best, length = key, shared
         if best is None:
@@ -99,25 +105,25 @@ class PrefixCache:
         self.entries.move_to_end(best)
         return self.entries[best][1][:, :, :, :length]
 
-    def add(self, release: str, ids: Sequence[int], kv: Tensor) -> None:
+    def add(self, space: Space, ids: Sequence[int], kv: Tensor) -> None:
         """Keep the KV of `ids`; what it continues need not be kept beside it."""
         known = np.asarray(ids, dtype=np.int64)
         for key, (before, _) in list(self.entries.items()):
-            if key[0] == release and len(before) <= len(known) and _shared(before, known) == len(before):
+            if key[0] == space and len(before) <= len(known) and _shared(before, known) == len(before):
                 self._drop(key)
         if kv.nbytes > self.max_bytes:
             return
-        self.entries[release, known.tobytes()] = known, kv
+        self.entries[space, known.tobytes()] = known, kv
         self.bytes += kv.nbytes
         while self.bytes > self.max_bytes:
             self._drop(next(iter(self.entries)))
 
     def forget(self, release: str | None = None) -> None:
         """Drop what one release left, or everything."""
-        for key in [key for key in self.entries if release in (None, key[0])]:
+        for key in [key for key in self.entries if release in (None, key[0][0])]:
             self._drop(key)
 
-    def _drop(self, key: tuple[str, bytes]) -> None:
+    def _drop(self, key: tuple[Space, bytes]) -> None:
         self.bytes -= self.entries.pop(key)[1].nbytes
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CANDIDATES = 256  # the first try at a cut distribution; rows that keep more are tried with WIDER times as many
@@ -31,6 +33,7 @@ class Draw:
     min_p: float
     ratio_free: bool  # greedy or penalised: its token has no behaviour logprob
     penalties: Mapping[int, float]  # taken from the logits of these ids
+    allowed: NDArray[np.bool_] | None = None  # [V] what the grammar allows; None: everything
 
     @property
     def greedy(self) -> bool:
@@ -40,19 +43,25 @@ class Draw:
     def truncates(self) -> bool:
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
+    @property
+    def forced(self) -> bool:
+        return self.allowed is not None and int(self.allowed.sum()) == 1
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     token: int
-    logprob: float | None  # log softmax(logits / T)[token], full vocabulary; None where greedy or penalised
-    kept_mass: float | None  # None where nothing was cut, and where greedy
+    logprob: float | None  # log softmax(logits / T)[token], full vocabulary; None where greedy, penalised or forced
+    kept_mass: float | None  # of what grammar and cuts leave; None where there are none, and where greedy
 
 
 @torch.inference_mode()
 def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> list[Drawn | None]:
-    """Draw a token per row from fp32 logits, which are changed in place. None: the row's logits are not finite."""
+    """Draw a token per row from fp32 logits, which are changed in place. None: the row's logits are not finite, or its
+    grammar allows nothing."""
     _temper(logits_NV, draws)
-    lse_N = logits_NV.logsumexp(-1)
+    full_N = logits_NV.logsumexp(-1)
+    lse_N = _mask(logits_NV, full_N, draws)
     tokens_N = torch.zeros(len(draws), dtype=torch.long, device=logits_NV.device)
     kept_N = torch.ones(len(draws), dtype=torch.double, device=logits_NV.device)
     finite = torch.isfinite(lse_N).tolist()
@@ -67,15 +76,19 @@ def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> list[Drawn | None]:
         tokens_N[rows] = _invert(probs_NV, [draws[row].uniform for row in rows])
     if rows := kinds["cut"]:
         _sample_cut(logits_NV, lse_N, rows, draws, CANDIDATES, tokens_N, kept_N)
-    logprobs = (logits_NV.gather(1, tokens_N[:, None])[:, 0] - lse_N).tolist()
+    logprobs = (logits_NV.gather(1, tokens_N[:, None])[:, 0] - full_N).tolist()
+    kept_N *= (lse_N - full_N).double().exp()
     return [
-        Drawn(token, None if draw.ratio_free else logprob, kept if draw.truncates and not draw.greedy else None)
-        if ok
-        else None
+        _drawn(token, logprob, kept, draw) if ok else None
         for token, logprob, kept, draw, ok in zip(
             tokens_N.tolist(), logprobs, kept_N.tolist(), draws, finite, strict=True
         )
     ]
+
+
+def _drawn(token: int, logprob: float, kept: float, draw: Draw) -> Drawn:
+    cut = (draw.truncates or draw.allowed is not None) and not draw.greedy
+    return Drawn(token, None if draw.ratio_free or draw.forced else logprob, kept if cut else None)
 
 
 @torch.inference_mode()
@@ -98,6 +111,18 @@ def _temper(logits_NV: Tensor, draws: Sequence[Draw]) -> None:
         logits_NV /= torch.tensor(temperatures, dtype=torch.float, device=logits_NV.device)[:, None]
 
 
+def _mask(logits_NV: Tensor, full_N: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Take away what grammars do not allow; logsumexp of what is left, [N]."""
+    if all(draw.allowed is None for draw in draws):
+        return full_N
+    for row, draw in enumerate(draws):
+        if draw.allowed is not None:
+            allowed = torch.from_numpy(draw.allowed).to(logits_NV.device)
+            logits_NV[row].masked_fill_(~allowed, -inf)
+    lse_N = logits_NV.logsumexp(-1)
+    return torch.where(full_N.isfinite(), lse_N, full_N)
+
+
 def _sample_cut(
     logits_NV: Tensor,
     lse_N: Tensor,
@@ -107,7 +132,7 @@ def _sample_cut(
     tokens_N: Tensor,
     kept_N: Tensor,
 ) -> None:
-    """Top-k, top-p and min-p together, as SGLang cuts: each against the full distribution."""
+    """Top-k, top-p and min-p together, as SGLang cuts: each against the full distribution that the grammar leaves."""
     k = min(candidates, logits_NV.shape[1])
     values_NK, ids_NK = _take(logits_NV, rows).topk(k)
     probs_NK = (values_NK - _take(lse_N, rows)[:, None]).exp().double()

@@ -18,7 +18,7 @@ from typing import Any
 from agent_rl.models import ModelError
 from agent_rl.types import BASE_RELEASE
 from server.engines.contract import ABORTED, Busy, PauseMode, Refused, failed, length_reached
-from server.engines.kv import PrefixCache
+from server.engines.kv import PrefixCache, Space
 from server.engines.runner import Part, Runner
 from server.engines.sampling import Drawn, sample, score
 from server.engines.work import Work
@@ -214,7 +214,7 @@ class Scheduler:
         work.prompt_logprobs = []
         self.rows.append(work)
         needed = work.request.logprob_start_len if work.request.logprob_start_len >= 0 else len(work.ids) - 1
-        known = self.prefixes.longest(self._release(work), work.ids[:needed])
+        known = self.prefixes.longest(self._space(work), work.ids[:needed])
         if known is not None:
             self.runner.slab.write(work.row, known)
             work.read = known.shape[3]
@@ -273,7 +273,9 @@ class Scheduler:
 
     def _draw(self, works: Sequence[Work], logits: Any) -> None:
         for work, drawn in zip(works, sample(logits, [work.draw() for work in works]), strict=True):
-            if drawn is None:
+            if drawn is None and work.matcher and (error := work.matcher.error):
+                self._finish(work, failed(error))
+            elif drawn is None:
                 self._forget_kv(work)
                 self._finish(work, failed("the model's logits are not finite"), keep=False)
             else:
@@ -311,7 +313,7 @@ class Scheduler:
         assert work.row is not None
         if keep and work.read and not work.kv_mixed:
             kv = self.runner.slab.read(work.row, work.read)
-            self.prefixes.add(self._release(work), work.ids[: work.read], kv)
+            self.prefixes.add(self._space(work), work.ids[: work.read], kv)
         hole = work.row
         if hole < self.decoding:
             self.decoding -= 1
@@ -338,3 +340,6 @@ class Scheduler:
 
     def _release(self, work: Work) -> str:
         return work.adapter or self.version
+
+    def _space(self, work: Work) -> Space:
+        return self._release(work), work.request.extra_key

@@ -8,7 +8,7 @@
 
 The first rule that fits answers. `user` is searched in the last user message, `prompt` in the whole prompt with its
 markup, both as regular expressions; `release` is an adapter's name or the weight version. Sampling parameters change
-nothing but where an answer ends and whether its tokens have logprobs.
+nothing but where an answer ends and whether its tokens have logprobs; a grammar asks for nothing that the script says.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class ScriptedEngine:
                 version=self.version,
                 ids=(token,),
                 logprobs=(None if params.ratio_free else logprob,),
-                kept_mass=(1.0 if params.truncates else None,),
+                kept_mass=(1.0 if params.truncates or params.grammar else None,),
                 kv_mixed=job.kv_version != self.version,
                 finish=finish,
                 retractions=job.retractions,

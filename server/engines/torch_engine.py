@@ -25,6 +25,7 @@ from agent_rl.models import load_tokenizer
 from agent_rl.settings import EngineSettings, Settings
 from server.engines import protocol
 from server.engines.contract import Description, GenerateRequest, PauseMode, Piece, Refused
+from server.engines.grammar import Grammars, Matcher
 from server.engines.runner import Runner
 from server.engines.scheduler import MAX_CHUNK, Scheduler, Swap
 from server.engines.stopping import Stopper
@@ -67,7 +68,8 @@ class TorchEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Piece, None]:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         stopper = Stopper(request.sampling_params, self.runner.eos_ids, self.tokenizer.decode)
-        work = Work(request, stopper, lambda piece: self.outbox.append((pieces, piece)))
+        matcher = await self._matcher(request, stopper.stop_ids)
+        work = Work(request, stopper, lambda piece: self.outbox.append((pieces, piece)), matcher)
         finished = False
         try:
             await self._do(lambda: self.scheduler.submit(work))
@@ -78,6 +80,11 @@ class TorchEngine:
         finally:
             if not finished:
                 self.inbox.put(lambda: self.scheduler.give_up(work))
+
+    async def _matcher(self, request: GenerateRequest, ends: frozenset[int]) -> Matcher | None:
+        """Compiled away from both threads: a large schema takes its time. Raises Refused."""
+        grammar = request.sampling_params.grammar
+        return None if grammar is None else await asyncio.to_thread(self.grammars.matcher, grammar, ends)
 
     async def abort(self, rid: str) -> None:
         await self._do(lambda: self.scheduler.abort(rid))
@@ -162,6 +169,7 @@ class TorchEngine:
             max_context=settings.max_context,
             max_chunk=MAX_CHUNK,
         )
+        self.grammars = Grammars(self.tokenizer, self.runner.vocab_size, self.runner.eos_ids)
         self.scheduler = Scheduler(
             self.runner, max_queue=settings.max_queue, prefix_cache_bytes=settings.prefix_cache_mb * 2**20
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.engines.contract import GenerateRequest, Piece
+from server.engines.grammar import Matcher
 from server.engines.sampling import Draw, Drawn
 from server.engines.stopping import Stopper
 
@@ -20,6 +21,7 @@ class Work:
     request: GenerateRequest
     stopper: Stopper
     emit: Callable[[Piece], None]
+    matcher: Matcher | None = None
     order: int = 0  # of arrival
     ids: list[int] = field(default_factory=list)  # prompt and answer
     out: list[int] = field(default_factory=list)  # answer
@@ -50,7 +52,16 @@ class Work:
         params = self.request.sampling_params
         penalties = {i: n * params.frequency_penalty + params.presence_penalty for i, n in self.counts.items()}
         uniform = self.random.random() if params.temperature else 0.0
-        return Draw(uniform, params.temperature, params.top_p, params.top_k, params.min_p, params.ratio_free, penalties)
+        return Draw(
+            uniform=uniform,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            ratio_free=params.ratio_free,
+            penalties=penalties,
+            allowed=self.matcher.allowed() if self.matcher else None,
+        )
 
     def append(self, token: int) -> dict[str, Any] | None:
         """Take a token in; the finish_reason if it was the last."""
@@ -58,6 +69,8 @@ class Work:
         self.out.append(token)
         if self.request.sampling_params.penalised:
             self.counts[token] += 1
+        if self.matcher:
+            self.matcher.append(token)
         return self.stopper.reason(self.out)
 
     def wanted_logits(self, count: int) -> list[int]:

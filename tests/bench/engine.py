@@ -57,7 +57,7 @@ async def ours(engine: Engine, ids: list[list[int]], sampling: Sampling) -> floa
     async def one(prompt: list[int]) -> int:
         params = sampling_body(sampling, ()) | {"ignore_eos": True}  # as min_new_tokens makes theirs
         body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, "stream": True}
-        reader = AnswerReader(None, sampling.ratio_free)
+        reader = AnswerReader(None, sampling)
         async with engine._call("POST", "/generate", body) as response:
             return sum([len(reader.read(event).ids) async for event in _events(response)])
 
