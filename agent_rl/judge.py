@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from agent_rl.experience import lessons
+from agent_rl.experience.closing import close_idle
 from agent_rl.experience.store import Store
 from agent_rl.followups import Means, Reading, meaning, normalise, read, split
 from agent_rl.instructions import obeys, satisfies
@@ -29,6 +32,7 @@ T = TypeVar("T")
 GOOD = frozenset("good up thumbs_up like positive correct helpful accepted yes +1".split())
 BAD = frozenset("bad down thumbs_down dislike negative incorrect wrong unhelpful rejected no -1".split())
 TAKES_BACK = "takes back what was asked before"  # one reason for all revisions: `settle` takes back once per turn
+SWEEP_S = 5.0  # between two looks for idle sessions
 MAX_TOOL_HINT = 2000  # characters of a tool's error; the end is kept, where errors say what they are
 TOOL_ERRORS = [
     re.compile(pattern, re.M)
@@ -141,10 +145,16 @@ def _newest(feedback: Sequence[Feedback], field: Callable[[Feedback], T | None])
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """Judge what is ahead of its verdict until told to stop. May run many times beside itself: claims are leased."""
+    """Judge what is ahead of its verdict, and close what is idle, until told to stop. May run many times beside itself:
+    claims are leased, and a session is closed once."""
     store = await Store.open(settings.database_url)
+    swept_at = -math.inf
     try:
         while not stop.is_set():
+            if time.monotonic() - swept_at >= SWEEP_S:
+                while ended := await close_idle(store, settings.store.session_idle_s):
+                    log.info("%d idle sessions closed", len(ended))
+                swept_at = time.monotonic()
             if not await judge_batch(store, settings):
                 await _pause(stop, settings.judge.poll_s)
     finally:

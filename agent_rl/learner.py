@@ -1,8 +1,11 @@
-"""The learner of a policy: lessons in, checkpoints and candidates out. It calls nobody but the engine, for re-answers.
+"""The learner: lessons in, checkpoints and candidates out. It calls nobody but the engine, for re-answers.
 
-    lease ─▶ head ─▶ claim ─▶ prepare ─▶ update ─▶ commit ─▶ claim …
-                              view, re-answer,      checkpoint, release, uses:
-                              sample | drop         one compare-and-swap
+    oldest lesson's policy ─▶ lease ─▶ head ─▶ claim ─▶ prepare ─▶ update ─▶ claim … ─▶ commit ─▶ next policy
+                                                        view, re-answer,                checkpoint, release, uses:
+                                                        sample | drop                   one compare-and-swap
+
+Policies take turns on one resident base: a turn ends with a checkpoint, or when there is nothing to learn. The next one
+is again that with the oldest lesson, so none waits longer than what was said before it takes.
 
 A crash at any point loses nothing: what is not committed leaves no trace but claimed lessons, and those return to the
 pool with the next epoch of the lease. A head that moved (a candidate was rejected, a release rolled back) means: throw
@@ -13,6 +16,7 @@ the lease is renewed meanwhile and an abandoned job never meets its successor.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import os
@@ -21,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -35,7 +39,7 @@ from agent_rl.experience.lineage import HeadMoved, LeaseLost
 from agent_rl.experience.store import Store, StoreUnavailable
 from agent_rl.intake import Admitted, Intake, Refusal, Views
 from agent_rl.methods import METHODS
-from agent_rl.models import base_hash, tokenizer_hash
+from agent_rl.models import ModelError, base_hash, tokenizer_hash
 from agent_rl.objectives.rows import Rows
 from agent_rl.rendering import Renderer
 from agent_rl.settings import LearnerSettings, Settings
@@ -48,7 +52,6 @@ from agent_rl.types import (
     DropReason,
     Lease,
     Lesson,
-    Policy,
     Release,
     ReleaseState,
     Sample,
@@ -58,6 +61,7 @@ from agent_rl.types import (
 log = logging.getLogger("agent_rl.learner")
 T = TypeVar("T")
 POLL_S = 0.25  # pause when there is nothing to learn
+BROKEN_S = 60.0  # a policy whose head cannot be loaded is left alone for so long
 
 
 class Method(Views, Protocol):
@@ -102,6 +106,8 @@ class Learner:
     tokenizer: str  # hash of the tokenizer
     worker: ThreadPoolExecutor
     owner: str  # the same for a learner that is started again, so that it need not wait for its own old lease
+    loaded: tuple[str, str | None] | None = None  # policy and checkpoint that the backend is, bit by bit
+    broken: dict[str, float] = field(default_factory=dict)  # policy whose head cannot be loaded → when to try again
 
     @property
     def options(self) -> LearnerSettings:
@@ -109,46 +115,60 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------- the loop
     async def hold(self, stop: asyncio.Event) -> None:
-        """Take the lease of the first policy on this base that is free, and learn for it until `stop`."""
+        """One turn of the policy that has waited longest; a short rest where none waits."""
         held = await self._acquire()
         if held is None:
             await _pause(stop, POLL_S)
             return
-        policy, lease = held
-        log.info("learning for policy %s, epoch %d", policy.policy_id, lease.epoch)
+        policy_id, lease = held
         try:
             async with _renewed(self.store, lease, self.options.lease_s):
-                while not stop.is_set():
-                    await self.follow(policy, lease, stop)
+                await self.follow(policy_id, lease, stop)
+        except ModelError:
+            log.exception("policy %s cannot be learned for now", policy_id)
+            self.broken[policy_id] = time.monotonic() + BROKEN_S
+            self.loaded = None
         finally:
             await asyncio.shield(lineage.release_lease(self.store, lease))
 
-    async def follow(self, policy: Policy, lease: Lease, stop: asyncio.Event) -> None:
-        """Load the head and add to it, until `stop` or until the head is moved by somebody else."""
-        head = await lineage.head(self.store, policy.policy_id)
-        await self.work(self.backend.load, Path(head.path) if head else None)
+    async def follow(self, policy_id: str, lease: Lease, stop: asyncio.Event) -> None:
+        """Load the head and add one checkpoint to it, unless there is nothing to learn or the head is moved by somebody
+        else. A part of a checkpoint is kept open for a while, but not where another policy waits."""
+        head = await lineage.head(self.store, policy_id)
+        await self.load(policy_id, head)
         steps: list[StepMetrics] = []
         learned_at = time.monotonic()
-        while await lineage.head(self.store, policy.policy_id) == head:
+        while await lineage.head(self.store, policy_id) == head:
             lessons = [] if stop.is_set() else await self._claim(lease)
             if lessons:
                 steps += await self.learn(lease, head, lessons, bool(steps))
                 learned_at = time.monotonic()
-            full = len(lessons) == self.options.lessons_per_step
-            late = bool(lessons) or time.monotonic() - learned_at >= self.options.max_wait_s
-            due = len(steps) >= self.options.steps_per_checkpoint or (late and not full) or stop.is_set()
-            if steps and due:
+            part = 0 < len(lessons) < self.options.lessons_per_step
+            late = not lessons and time.monotonic() - learned_at >= self.options.max_wait_s
+            enough = part or late or stop.is_set() or (not lessons and await self._others_wait(policy_id))
+            if steps and (enough or len(steps) >= self.options.steps_per_checkpoint):
                 try:
-                    head = await self.commit(policy, lease, head, steps)
+                    await self.commit(policy_id, lease, head, steps)
                 except HeadMoved:
                     break
-                steps = []
-            if stop.is_set():
+                return
+            if not steps and (not lessons or await self._others_wait(policy_id)):
                 return
             if not lessons:
                 await _pause(stop, POLL_S)
-        log.info("the head of %s was moved; %d uncommitted steps are thrown away", policy.policy_id, len(steps))
+        self.loaded = None
+        log.info("the head of %s was moved; %d uncommitted steps are thrown away", policy_id, len(steps))
         await pool.release_lessons(self.store, lease, [lesson for step in steps for lesson in step.lesson_ids])
+
+    async def load(self, policy_id: str, head: Checkpoint | None) -> None:
+        """Become this policy at its head: adapter, optimizer and EMA; nothing to do where that is what was last."""
+        at = (policy_id, head.checkpoint_id if head else None)
+        if self.loaded == at:
+            return
+        self.loaded = None
+        await self.work(self.backend.load, Path(head.path) if head else None)
+        self.loaded = at
+        log.info("learning for policy %s from step %d", policy_id, self.backend.steps)
 
     async def learn(
         self, lease: Lease, head: Checkpoint | None, lessons: Sequence[Lesson], uncommitted: bool
@@ -164,6 +184,7 @@ class Learner:
             _release_id(lease.policy_id, head)
         }
         try:
+            self.loaded = None  # until what changes now is committed
             step, weak = await self.work(self.update, admitted, again, on_head)
         except NotFinite as error:
             await self.drop(lease, [Refusal(a.own.lesson_id, DropReason.NOT_FINITE, str(error)) for a in admitted])
@@ -221,22 +242,20 @@ class Learner:
         )
         return step, weak
 
-    async def commit(
-        self, policy: Policy, lease: Lease, head: Checkpoint | None, steps: Sequence[StepMetrics]
-    ) -> Checkpoint:
+    async def commit(self, policy_id: str, lease: Lease, head: Checkpoint | None, steps: Sequence[StepMetrics]) -> None:
         """Write the checkpoint and the candidate, then the rows. Raises HeadMoved, LeaseLost."""
-        root = self.settings.checkpoints_dir / policy.policy_id
+        root = self.settings.checkpoints_dir / policy_id
         parent_id = head.checkpoint_id if head else None
-        checkpoint_id = await self.work(self.backend.save, root, parent_id)
+        checkpoint_id = await self.work(self.backend.save, root, parent_id, policy_id)
         now, step = time.time(), self.backend.steps
         checkpoint = Checkpoint(
-            checkpoint_id, policy.policy_id, parent_id, step, str(root / checkpoint_id), self.method.name, now
+            checkpoint_id, policy_id, parent_id, step, str(root / checkpoint_id), self.method.name, now
         )
-        release_id = _release_id(policy.policy_id, checkpoint)
+        release_id = _release_id(policy_id, checkpoint)
         folder = self.settings.releases_dir / release_id
         release = Release(
             release_id=release_id,
-            policy_id=policy.policy_id,
+            policy_id=policy_id,
             checkpoint_id=checkpoint_id,
             kind="adapter" if self.options.tuning == "lora" else "full",
             path=str(folder),
@@ -248,8 +267,8 @@ class Learner:
             step=step,
         )
         await lineage.commit(self.store, lease, checkpoint, steps, release)
+        self.loaded = (policy_id, checkpoint_id)
         log.info("release %s staged: %d steps", release_id, len(steps))
-        return checkpoint
 
     # ----------------------------------------------------------------------------------------------- means
     async def work(self, job: Callable[..., T], *args: object) -> T:
@@ -260,12 +279,20 @@ class Learner:
         n, wait_s = self.options.lessons_per_step, self.options.max_wait_s
         return await pool.claim_lessons(self.store, lease, n, min_age_s=wait_s)
 
-    async def _acquire(self) -> tuple[Policy, Lease] | None:
-        for policy in await self.store.policies():
-            if policy.base_hash == self.base:
-                lease = await lineage.acquire(self.store, policy.policy_id, self.owner, self.options.lease_s)
-                if lease:
-                    return policy, lease
+    async def _waiting(self) -> list[str]:
+        """Policies with something to learn, and not broken, by the age of their oldest lesson."""
+        n, wait_s = self.options.lessons_per_step, self.options.max_wait_s
+        found = await pool.waiting(self.store, self.base, self.owner, n, min_age_s=wait_s)
+        return [policy_id for policy_id in found if self.broken.get(policy_id, 0.0) < time.monotonic()]
+
+    async def _others_wait(self, policy_id: str) -> bool:
+        return any(other != policy_id for other in await self._waiting())
+
+    async def _acquire(self) -> tuple[str, Lease] | None:
+        for policy_id in await self._waiting():
+            lease = await lineage.acquire(self.store, policy_id, self.owner, self.options.lease_s)
+            if lease:
+                return policy_id, lease
         return None
 
 
@@ -322,4 +349,7 @@ def _release_id(policy_id: str, checkpoint: Checkpoint | None) -> str:
     """Readable, and in the order of steps within a policy."""
     if checkpoint is None:
         return BASE_RELEASE
-    return f"{policy_id[:40]}-{checkpoint.step:05d}-{checkpoint.checkpoint_id[:8]}"
+    name = policy_id
+    if len(name) > 40:  # an id has 64 characters, and two policies are never called the same
+        name = f"{policy_id[:23]}-{hashlib.sha256(policy_id.encode()).hexdigest()[:16]}"
+    return f"{name}-{checkpoint.step:05d}-{checkpoint.checkpoint_id[:8]}"

@@ -96,6 +96,8 @@ class StoreSettings(Section):
     """Size at which a journal segment is closed."""
     recorder_batch: int = Field(256, gt=0)
     """Entries written in one SQL transaction."""
+    session_idle_s: float = Field(1800.0, gt=0)
+    """A session without a turn for so long is closed: nothing followed its last answer. A later turn reopens it."""
 
 
 class JudgeSettings(Section):

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from agent_rl.experience import lessons
+from agent_rl.experience.explaining import explain
 from agent_rl.experience.store import Store, StoreUnavailable
 from agent_rl.types import Policy
 from server.auth import Caller, Door
@@ -30,7 +30,7 @@ def routes(directory: Directory, store: Store, door: Door) -> list[BaseRoute]:
         caller = await door.caller(request, "agent")
         turn_id = request.path_params["turn_id"].removeprefix("chatcmpl-")
         try:
-            known = await lessons.explain(store, turn_id)
+            known = await explain(store, turn_id)
         except StoreUnavailable as error:
             raise Refusal(503, "the database does not answer; try again", retry_after_s=2) from error
         if known is None or not _may_see(caller, known):
@@ -59,5 +59,4 @@ def _may_see(caller: Caller, known: dict[str, object]) -> bool:
 
 
 def _json(body: object) -> Response:
-    # rows of SQL are named by a kind of str of its own
-    return Response(orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -26,14 +26,14 @@ def update(backend: TorchBackend) -> float:
 def test_resumed_training_is_bit_for_bit_the_same(tiny_model: Path, tmp_path: Path, tuning: str, teacher: str) -> None:
     backend = make_backend(tiny_model, tuning=tuning, teacher=teacher)
     update(backend), update(backend)
-    checkpoint_id = backend.save(tmp_path, None)
+    checkpoint_id = backend.save(tmp_path, None, "p1")
     norm = update(backend)
     expected = tensors_checksum(backend.weights.student)
 
     resumed = make_backend(tiny_model, tuning=tuning, teacher=teacher)
     resumed.load(tmp_path / checkpoint_id)
     assert resumed.steps == 2
-    assert resumed.save(tmp_path, None) == checkpoint_id  # the same state has the same name
+    assert resumed.save(tmp_path, None, "p1") == checkpoint_id  # the same state has the same name
     assert update(resumed) == norm
     assert resumed.steps == 3
     assert tensors_checksum(resumed.weights.student) == expected
@@ -51,7 +51,7 @@ def test_going_back_to_the_base_forgets_everything(tiny_model: Path) -> None:
 def test_the_name_is_the_content_and_the_parent_is_part_of_it(tiny_model: Path, tmp_path: Path) -> None:
     backend = make_backend(tiny_model)
     update(backend)
-    one, other = backend.save(tmp_path, None), backend.save(tmp_path, "another parent")
+    one, other = backend.save(tmp_path, None, "p1"), backend.save(tmp_path, "another parent", "p1")
     assert one != other
     assert hash_folder(tmp_path / one) == one
     assert {path.name for path in tmp_path.iterdir()} == {one, other}  # no drafts are left
@@ -60,7 +60,7 @@ def test_the_name_is_the_content_and_the_parent_is_part_of_it(tiny_model: Path, 
 def test_a_damaged_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     backend = make_backend(tiny_model)
     update(backend)
-    folder = tmp_path / backend.save(tmp_path, None)
+    folder = tmp_path / backend.save(tmp_path, None, "p1")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ModelError, match="damaged or changed"):
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> No
 def test_a_checkpoint_of_the_other_tuning_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     backend = make_backend(tiny_model)
     update(backend)
-    folder = tmp_path / backend.save(tmp_path, None)
+    folder = tmp_path / backend.save(tmp_path, None, "p1")
     with pytest.raises(ModelError, match=r"is of lora tuning and learner\.tuning is full"):
         make_backend(tiny_model, tuning="full").load(folder)
 

@@ -43,6 +43,7 @@ store.redis
 store.stream
 store.segment_bytes
 store.recorder_batch
+store.session_idle_s
 judge.batch
 judge.poll_s
 judge.lease_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from sqlalchemy import RowMapping, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.store import Store
@@ -23,10 +23,9 @@ async def acquire(store: Store, policy_id: str, owner: str, ttl_s: float) -> Lea
     Raises LookupError if there is no such policy.
     """
     now = time.time()
-    free = or_(policies.c.lease_owner.is_(None), policies.c.lease_owner == owner, policies.c.lease_expires_at < now)
     taking = (
         update(policies)
-        .where(policies.c.policy_id == policy_id, free)
+        .where(policies.c.policy_id == policy_id, free_for(owner, now))
         .values(lease_owner=owner, lease_epoch=policies.c.lease_epoch + 1, lease_expires_at=now + ttl_s)
         .returning(policies.c.lease_epoch)
     )
@@ -36,6 +35,11 @@ async def acquire(store: Store, policy_id: str, owner: str, ttl_s: float) -> Lea
             await locked_policy(connection, policy_id)
             return None
     return Lease(policy_id, owner, epoch, now + ttl_s)
+
+
+def free_for(owner: str, now: float) -> ColumnElement[bool]:
+    """Policies that nobody else holds."""
+    return or_(policies.c.lease_owner.is_(None), policies.c.lease_owner == owner, policies.c.lease_expires_at < now)
 
 
 async def renew(store: Store, lease: Lease, ttl_s: float) -> Lease:

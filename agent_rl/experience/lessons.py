@@ -12,21 +12,21 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, FromClause, Table, and_, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, FromClause, Select, and_, func, not_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.evidence import evidence_of, lessons_of, subject_of
-from agent_rl.experience.leases import hold
+from agent_rl.experience.leases import free_for, hold
 from agent_rl.experience.records import insert
-from agent_rl.experience.rows import jsonable
-from agent_rl.experience.store import Store, transcript_of
+from agent_rl.experience.store import Store
 from agent_rl.experience.tables import (
     drops,
-    feedback,
     lesson_uses,
     lessons,
+    policies,
     preferences,
     releases,
     tenants,
@@ -44,7 +44,8 @@ REPLAY_POOL = 10_000  # replays are drawn from this many of the newest used less
 async def claim_evidence(store: Store, n: int, lease_s: float) -> list[Evidence]:
     """Up to n turns whose evidence is ahead of their verdict, oldest first, leased to the caller for `lease_s`.
 
-    Only turns that can teach: `no_lesson` is NULL and the tenant learns; others are marked judged in passing.
+    Only turns that can teach: the tenant learns, and `no_lesson` is NULL, or "side", where something followed such a
+    request after all; others are marked judged in passing.
     """
     now = time.time()
     ahead = turns.c.evidence_revision > turns.c.judged_revision
@@ -53,8 +54,7 @@ async def claim_evidence(store: Store, n: int, lease_s: float) -> list[Evidence]
     async with store.read() as connection:
         if (await connection.execute(oldest.limit(1))).first() is None:
             return []
-    silent = select(tenants.c.tenant_id).where(tenants.c.learn.is_(False))
-    mute = ahead & or_(turns.c.no_lesson.is_not(None), turns.c.tenant_id.in_(silent))
+    mute = ahead & or_(turns.c.no_lesson != "side", turns.c.tenant_id.in_(_silent()))
     async with store.write() as connection:
         await connection.execute(update(turns).where(mute).values(judged_revision=turns.c.evidence_revision))
         claimed = list((await connection.execute(oldest.with_for_update(skip_locked=True))).scalars())
@@ -195,18 +195,34 @@ async def _take_back(connection: AsyncConnection, turn: Turn, verdict: Verdict, 
 # ----------------------------------------------------------------------------------------------- the learner
 
 
+async def waiting(store: Store, base_hash: str, owner: str, n: int, *, min_age_s: float = 0.0) -> list[str]:
+    """Policies on this base that `owner` could lease and of which `claim_lessons` would give lessons, that with the
+    oldest one first. What was claimed by a learner that holds its policy no more counts as ready."""
+    now = time.time()
+    query = (
+        select(lessons.c.policy_id)
+        .join(policies, policies.c.policy_id == lessons.c.policy_id)
+        .where(policies.c.base_hash == base_hash, free_for(owner, now), lessons.c.state.in_(["ready", "claimed"]))
+        .group_by(lessons.c.policy_id)
+        .having(or_(func.count() >= n, func.min(lessons.c.created_at) <= now - min_age_s))
+        .order_by(func.min(lessons.c.created_at), lessons.c.policy_id)
+    )
+    async with store.read() as connection:
+        return list((await connection.execute(query)).scalars())
+
+
 async def claim_lessons(store: Store, lease: Lease, n: int, *, min_age_s: float = 0.0) -> list[Lesson]:
     """Up to n ready lessons of the lease's policy, oldest first, marked claimed by its epoch; lessons claimed by an
     older epoch are ready again. Returns [] while fewer than n are ready and the oldest is younger than `min_age_s`.
-    A lesson whose turn was deleted is dropped. Raises LeaseLost."""
+    A lesson whose turn was deleted, or whose tenant learns no more, is dropped. Raises LeaseLost."""
     mine = lessons.c.policy_id == lease.policy_id
     orphaned = mine & (lessons.c.state == "claimed") & (lessons.c.claim_epoch < lease.epoch)
     ready = or_(mine & (lessons.c.state == "ready"), orphaned)
     oldest = select(lessons.c.lesson_id, lessons.c.created_at).where(ready)
     oldest = oldest.order_by(lessons.c.created_at, lessons.c.lesson_id).limit(n)
     async with store.read() as connection:
-        waiting = (await connection.execute(oldest)).all()
-        if not waiting or (len(waiting) < n and waiting[0].created_at > time.time() - min_age_s):
+        there = (await connection.execute(oldest)).all()
+        if not there or (len(there) < n and there[0].created_at > time.time() - min_age_s):
             return []
     async with store.write() as connection:
         await hold(connection, lease)
@@ -216,10 +232,21 @@ async def claim_lessons(store: Store, lease: Lease, n: int, *, min_age_s: float 
         await connection.execute(taken.values(state="claimed", claim_epoch=lease.epoch))
     async with store.read() as connection:
         found = await lessons_of(connection, claimed)
+        silent = set((await connection.execute(_silent())).scalars())
+    kept = []
     for lesson_id, lesson in zip(claimed, found, strict=True):
         if lesson is None:
             await drop(store, lease, lesson_id, DropReason.RETRACTED, "its turn is not there any more")
-    return [lesson for lesson in found if lesson is not None]
+        elif lesson.evidence.transcript.turn.tenant_id in silent:
+            await drop(store, lease, lesson_id, DropReason.RETRACTED, "its tenant does not learn any more")
+        else:
+            kept.append(lesson)
+    return kept
+
+
+def _silent() -> Select[Any]:
+    """Tenants that do not learn."""
+    return select(tenants.c.tenant_id).where(tenants.c.learn.is_(False))
 
 
 async def claim_replays(store: Store, lease: Lease, n: int, seed: int) -> list[Lesson]:
@@ -316,38 +343,3 @@ async def drop_where(
     if rows:
         await connection.execute(drops.insert(), rows)
     return len(rows)
-
-
-async def explain(store: Store, turn_id: str) -> dict[str, object] | None:
-    """What is known of a turn: its record, rule, follow-ups, verdicts, lessons, uses, drops and releases, as JSON.
-
-    None if the turn or a part of its past is not there. `releases` are those of the checkpoints that used its lessons.
-    """
-    async with store.read() as connection:
-        transcript = await transcript_of(connection, turn_id)
-        if transcript is None:
-            return None
-
-        async def rows(table: Table, where: ColumnElement[bool]) -> list[dict[str, object]]:
-            query = select(table).where(where).order_by(table.c.created_at)
-            return [dict(row) for row in (await connection.execute(query)).mappings()]
-
-        its_lessons = await rows(lessons, lessons.c.target_id == turn_id)
-        ids = [row["lesson_id"] for row in its_lessons]
-        uses = await rows(lesson_uses, lesson_uses.c.lesson_id.in_(ids))
-        trained = [row["checkpoint_id"] for row in uses]
-        query = select(turns.c.turn_id, turns.c.created_at, turns.c.no_lesson).where(turns.c.parent_id == turn_id)
-        children = (await connection.execute(query.order_by(turns.c.created_at))).mappings()
-        return {
-            "turn": jsonable(transcript.turn),
-            "messages": jsonable(transcript.messages),
-            "session_rule": transcript.turn.session_rule,
-            "followed_by": [dict(row) for row in children],
-            "feedback": await rows(feedback, feedback.c.turn_id == turn_id),
-            "standing": await rows(preferences, preferences.c.turn_id == turn_id),
-            "verdicts": await rows(verdicts, verdicts.c.turn_id == turn_id),
-            "lessons": its_lessons,
-            "uses": uses,
-            "drops": await rows(drops, drops.c.lesson_id.in_(ids)),
-            "releases": await rows(releases, releases.c.checkpoint_id.in_(trained)),
-        }

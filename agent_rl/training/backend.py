@@ -74,8 +74,8 @@ class Backend(Protocol):
         """One update by the gradients gathered, over the count of their tokens; returns the norm before clipping.
         Raises NotFinite, having changed nothing but the gradients."""
 
-    def save(self, root: Path, parent: str | None) -> str:
-        """Write a checkpoint into `root` under its content's hash, which is returned."""
+    def save(self, root: Path, parent: str | None, policy: str) -> str:
+        """Write a checkpoint of this policy into `root` under its content's hash, which is returned."""
 
     def export(self, folder: Path) -> str:
         """Write the serving artefact; returns the checksum of the tensors in it."""

@@ -3,7 +3,7 @@
     adapter_model.safetensors + adapter_config.json  |  weights.safetensors     the student, fp32
     optimizer.safetensors                            AdamW's moments: first.<name>, second.<name>
     ema.safetensors                                  where the teacher is an EMA
-    state.json                                       step, parent, what was tuned
+    state.json                                       step, parent, what was tuned, for which policy
 
 There is no generator to keep: dropout is off, and what is drawn (replays) is drawn by seed and step.
 """
@@ -29,6 +29,7 @@ class TrainState:
     step: int  # optimizer steps since the policy's birth
     parent: str | None  # checkpoint id
     tuning: str  # lora | full
+    policy: str = ""  # two policies that learn the same have two checkpoints
 
 
 def write_checkpoint(

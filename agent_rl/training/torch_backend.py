@@ -76,8 +76,8 @@ class TorchBackend:
         self.tokens = 0  # with a loss, since the last step
         self.teacher.begin(self.weights)
 
-    def save(self, root: Path, parent: str | None) -> str:
-        state = TrainState(self.steps, parent, self.settings.tuning)
+    def save(self, root: Path, parent: str | None, policy: str) -> str:
+        state = TrainState(self.steps, parent, self.settings.tuning, policy)
         return write_checkpoint(root, state, self.weights.save, self._moments(), self.weights.ema)
 
     def export(self, folder: Path) -> str:
