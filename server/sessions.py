@@ -79,7 +79,7 @@ class Sessions:
         key = tenant.hmac_key
         chains = chains_of(key, scope, messages)
         answered = [c for c, m in zip(chains, messages, strict=True) if m.role == "assistant"][::-1]
-        heads, lost = await self._find(tenant, scope, answered) if answered else ((), False)
+        heads, lost = await self._find(tenant, scope, answered, own_id is None) if answered else ((), False)
         parent = heads[-1] if len({(head.session_id, head.ids) for head in heads}) == 1 else None
         thoughts, tools = thoughts_of(key, messages), tools_mark(key, conversation.tools)
         if session_id:
@@ -115,19 +115,28 @@ class Sessions:
         for session_id in session_ids:
             self._newest.pop(session_id, None)
 
-    async def _find(self, tenant: Tenant, scope: str, chains: Sequence[str]) -> tuple[tuple[Head, ...], bool]:
-        """Heads at the first chain that anybody knows; whether somebody who might know could not be asked."""
+    async def _find(
+        self, tenant: Tenant, scope: str, chains: Sequence[str], shared: bool
+    ) -> tuple[tuple[Head, ...], bool]:
+        """Heads at the first chain that anybody knows; whether somebody who might know could not be asked.
+
+        `shared`: strangers may hold conversations in this scope, so that what another gateway knows of the same chain
+        decides whether a match is unique.
+        """
         here = next((at for at, chain in enumerate(chains) if chain in self._heads), len(chains))
-        lost = False
-        if here > 0:
+        ours = self._heads[chains[here]] if here < len(chains) else ()
+        unsure = chains[: here + 1] if shared else chains[:here]
+        if unsure:
             try:
                 async with asyncio.timeout(LOOKUP_S):
-                    if elsewhere := await self._elsewhere(tenant, scope, chains[:here]):
-                        return elsewhere, False
+                    elsewhere = await self._elsewhere(tenant, scope, unsure)
             except (StoreUnavailable, TimeoutError) as error:
                 log.warning("a conversation's past could not be looked up: %r", error)
-                lost = True
-        return (self._heads[chains[here]] if here < len(chains) else ()), lost
+                return ours, True
+            if elsewhere and ours and elsewhere[0].chain == ours[0].chain:
+                return (*(head for head in elsewhere if head not in ours), *ours), False
+            return elsewhere or ours, False
+        return ours, False
 
     async def _elsewhere(self, tenant: Tenant, scope: str, chains: Sequence[str]) -> tuple[Head, ...]:
         try:
