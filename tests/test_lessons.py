@@ -7,27 +7,16 @@ from dataclasses import replace
 
 import pytest
 from nouns import answer, make_checkpoint, make_child, make_feedback, make_step, make_turn, make_verdict, user
+from recorded import Recorded
 from sqlalchemy import select, update
 
 from agent_rl.experience import lessons, lineage
 from agent_rl.experience.store import Store
 from agent_rl.experience.tables import drops, preferences, tenants, turns, verdicts
 from agent_rl.experience.tables import lessons as lessons_table
-from agent_rl.types import Arrival, DropReason, Evidence, Feedback, Lease, Lesson, Turn
+from agent_rl.types import DropReason, Evidence, Lease, Lesson, Turn
 
 METHOD = "user_hindsight"
-
-
-class Recorded:
-    """A store that numbers what is recorded into it."""
-
-    def __init__(self, store: Store) -> None:
-        self.store, self.seq = store, 0
-
-    async def __call__(self, *bodies: Turn | Feedback) -> None:
-        arrivals = [Arrival("j1", self.seq + n, body) for n, body in enumerate(bodies, 1)]
-        self.seq += len(bodies)
-        await self.store.record(arrivals)
 
 
 @pytest.fixture
@@ -93,18 +82,50 @@ async def test_evidence_is_the_turn_and_what_followed(any_store: Store, record: 
     assert found.standing == ()
 
 
-async def test_a_child_that_asks_the_same_again_says_nothing(any_store: Store, record: Recorded) -> None:
+async def test_a_fork_that_altered_the_answer_says_nothing_of_it(any_store: Store, record: Recorded) -> None:
     turn = make_turn("t1", messages=(user("tea?"),))
     again = make_child(turn, "t2", "tea!", created_at=101.0, shared_messages=0, shared_len=0)
-    moved = (user("system, changed"), user("tea?"), answer("answer of t1"), user("shorter"))
-    changed = make_child(turn, "t3", "", created_at=102.0, shared_messages=0, shared_len=0, messages=moved[1:])
+    altered = (user("tea?"), answer("an answer of theirs"), user("longer"))
+    compacted = make_child(turn, "t3", "", created_at=102.0, shared_messages=0, messages=altered, fork_reason="altered")
     await record(turn, again)
+    await record(compacted)
+    assert await lessons.claim_evidence(any_store, 10, 60.0) == []
+    rendered = make_child(turn, "t4", "shorter", created_at=103.0, shared_len=2, fork_reason="no_bridge")
+    await record(rendered)
     (found,) = await lessons.claim_evidence(any_store, 10, 60.0)
-    assert found.followed_by == ()
-    await lessons.settle(any_store, found, make_verdict(found), method=None)
-    await record(changed)
+    assert (found.revision, found.followed_by) == (1, (user("shorter"),))
+
+
+async def test_a_child_counts_whichever_of_the_two_is_recorded_first(any_store: Store, record: Recorded) -> None:
+    turn = make_turn("t1")
+    altered = make_child(turn, "t2", "x", shared_messages=1)
+    await record(altered, make_child(turn, "t3", "shorter"))
+    await record(turn)
+    await record(make_child(turn, "t4", "much shorter"), make_child(turn, "t5", "y", shared_messages=1))
+    (found,) = await lessons.claim_evidence(any_store, 10, 60.0)
+    assert found.revision == 2
+
+
+async def test_what_followed_ends_where_another_answer_begins(any_store: Store, record: Recorded) -> None:
+    turn = make_turn("t1")
+    lost = (user("shorter"), answer("an answer that is not recorded"), user("thanks!"))
+    await record(turn, make_child(turn, "t2", "", messages=lost, fork_reason="altered"))
     (found,) = await lessons.claim_evidence(any_store, 10, 60.0)
     assert found.followed_by == (user("shorter"),)
+
+
+async def test_a_side_request_teaches_only_where_something_follows_it(any_store: Store, record: Recorded) -> None:
+    turn = make_turn("t1")
+    title = make_child(turn, "t2", "name this chat", no_lesson="side")
+    await record(turn, title, make_child(title, "t3", "and in French", shared_messages=4, no_lesson="side"))
+    assert await lessons.claim_evidence(any_store, 10, 60.0) == []
+    await record(make_feedback("f1", turn_id="t2", comment="too long a title"))
+    (found,) = await lessons.claim_evidence(any_store, 10, 60.0)
+    assert (found.transcript.turn.turn_id, found.revision, found.followed_by) == ("t2", 1, ())
+    await lessons.settle(any_store, found, make_verdict(found), method=None)
+    await record(make_child(title, "t4", "shorter", shared_messages=4, created_at=110.0))
+    (found,) = await lessons.claim_evidence(any_store, 10, 60.0)
+    assert (found.transcript.turn.turn_id, found.revision, found.followed_by) == ("t2", 2, (user("shorter"),))
 
 
 async def test_evidence_is_claimed_once_until_its_lease_ends(any_store: Store, record: Recorded) -> None:
@@ -339,14 +360,35 @@ async def test_replays_are_drawn_from_used_lessons_by_seed(any_store: Store, rec
     assert {lesson.lesson_id for lesson in await lessons.claim_replays(any_store, lease, 9, seed=2)} == set(used)
 
 
-async def test_a_turn_is_explained(any_store: Store, record: Recorded) -> None:
+async def test_the_policy_with_the_oldest_lesson_is_first_and_leased_ones_wait_for_nobody(
+    any_store: Store, record: Recorded
+) -> None:
+    for policy_id in ("p1", "p2", "p3"):
+        await lineage.ensure_policy(any_store, "default", policy_id, ("c" if policy_id == "p3" else "b") * 64)
+    for n, policy_id in enumerate(("p2", "p1", "p1", "p3"), 1):
+        await turn_with_reply(record, f"t{n}", policy_id=policy_id)
+        await judged(any_store)
+
+    async def waiting(owner: str = "me", n: int = 1, min_age_s: float = 60.0) -> list[str]:
+        return await lessons.waiting(any_store, "b" * 64, owner, n, min_age_s=min_age_s)
+
+    assert await waiting() == ["p2", "p1"]
+    assert await waiting(n=2) == ["p1"]  # p2 has one lesson, and that is young
+    assert await waiting(n=2, min_age_s=0.0) == ["p2", "p1"]
+    lease = await lineage.acquire(any_store, "p2", "other", 60.0)
+    assert lease is not None
+    assert await waiting() == ["p1"]
+    await lessons.claim_lessons(any_store, lease, 1)
+    assert await waiting(owner="other") == ["p2", "p1"]  # started again: what it had claimed is ready
+    await lineage.release_lease(any_store, lease)
+    assert await waiting() == ["p2", "p1"]
+
+
+async def test_lessons_of_a_tenant_that_learns_no_more_are_dropped(any_store: Store, record: Recorded) -> None:
     lease = await leased(any_store)
-    lesson = await claimed(any_store, record, lease)
-    await lineage.commit(any_store, lease, make_checkpoint("c1"), [make_step(1, (lesson.lesson_id,))], None)
-    found = await lessons.explain(any_store, "t1")
-    assert found is not None
-    assert found["session_rule"] == "new"
-    assert [child["turn_id"] for child in found["followed_by"]] == ["t1-reply"]  # type: ignore[attr-defined]
-    assert [row["checkpoint_id"] for row in found["uses"]] == ["c1"]  # type: ignore[attr-defined]
-    assert [row["hint"] for row in found["verdicts"]] == ["be short"]  # type: ignore[attr-defined]
-    assert await lessons.explain(any_store, "nobody") is None
+    await turn_with_reply(record)
+    (lesson_id,) = await judged(any_store)
+    async with any_store.write() as connection:
+        await connection.execute(update(tenants).values(learn=False))
+    assert await lessons.claim_lessons(any_store, lease, 1) == []
+    assert await reasons(any_store) == [(lesson_id, "retracted")]
