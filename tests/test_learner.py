@@ -18,8 +18,8 @@ from sqlalchemy import select
 from agent_rl import learner
 from agent_rl.experience import lessons as pool
 from agent_rl.experience import lineage
-from agent_rl.experience.store import Store
-from agent_rl.experience.tables import drops, lesson_uses, lessons, steps
+from agent_rl.experience.store import Store, migrate
+from agent_rl.experience.tables import checkpoints, drops, lesson_uses, lessons, steps
 from agent_rl.models import base_hash, hash_folder, load_adapter, tensors_checksum
 from agent_rl.rendering import Renderer
 from agent_rl.settings import Settings
@@ -65,10 +65,10 @@ def make_settings(tmp_path: Path, model: Path, url: str, **options: Any) -> Sett
     return Settings(home=tmp_path, engine={"url": url, "model": model}, learner=chosen)  # type: ignore[arg-type]
 
 
-async def teach(store: Store, model: Path, count: int, first: int = 0) -> list[str]:
+async def teach(store: Store, model: Path, count: int, first: int = 0, policy: str = "default") -> list[str]:
     """So many answered turns, each followed by a complaint and judged; the lessons' ids."""
     await store.ensure_tenant("default", "default")
-    await lineage.ensure_policy(store, "default", "default", base_hash(model))
+    await lineage.ensure_policy(store, "default", policy, base_hash(model))
     renderer = Renderer(model)
     arrivals = []
     for i in range(first, first + count):
@@ -77,7 +77,7 @@ async def teach(store: Store, model: Path, count: int, first: int = 0) -> list[s
         turn = make_turn(
             f"t{i}",
             tenant_id="default",
-            policy_id="default",
+            policy_id=policy,
             created_at=100.0 + i,
             session_id=f"s{i}",
             messages=asked,
@@ -92,7 +92,7 @@ async def teach(store: Store, model: Path, count: int, first: int = 0) -> list[s
         after = make_turn(
             f"u{i}",
             tenant_id="default",
-            policy_id="default",
+            policy_id=policy,
             created_at=100.5 + i,
             session_id=f"s{i}",
             parent_id=f"t{i}",
@@ -141,8 +141,8 @@ async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 40.0
             await asyncio.sleep(0.02)
 
 
-async def released(store: Store, count: int) -> list[Release]:
-    found = await lineage.releases(store, "default")
+async def released(store: Store, count: int, policy: str = "default") -> list[Release]:
+    found = await lineage.releases(store, policy)
     return found if len(found) >= count else []
 
 
@@ -304,3 +304,96 @@ async def test_replays_are_counted_apart(tiny_model: Path, tmp_path: Path, store
     assert sorted(metrics[1]["lesson_ids"]) == sorted(more)
     (replayed,) = metrics[1]["replay_ids"]
     assert replayed in made
+
+
+# ------------------------------------------------------------------------------------------- policies in turn
+
+
+async def committed(store: Store) -> list[tuple[str, int]]:
+    """(policy, step) of every checkpoint, in the order in which they were made."""
+    async with store.read() as connection:
+        query = select(checkpoints.c.policy_id, checkpoints.c.step).order_by(checkpoints.c.created_at)
+        return [(row.policy_id, row.step) for row in await connection.execute(query)]
+
+
+async def test_policies_take_turns_oldest_lesson_first(
+    tiny_model: Path, tmp_path: Path, store: Store, engine: Any
+) -> None:
+    await teach(store, tiny_model, 2, first=0, policy="a")
+    await teach(store, tiny_model, 4, first=2, policy="b")
+    await teach(store, tiny_model, 2, first=6, policy="a")
+    async with learning(make_settings(tmp_path, tiny_model, await engine(OBEYS))):
+        await until(lambda: released(store, 2, "a"))
+        await until(lambda: released(store, 2, "b"))
+        await until(lambda: released(store, 2, "a"))
+    assert await committed(store) == [("a", 1), ("b", 1), ("b", 2), ("a", 2)]
+
+
+async def test_an_open_checkpoint_closes_when_another_policy_waits(
+    tiny_model: Path, tmp_path: Path, store: Store, engine: Any
+) -> None:
+    await teach(store, tiny_model, 2, first=0, policy="a")
+    options = {"steps_per_checkpoint": 9, "max_wait_s": 60.0}
+    async with learning(make_settings(tmp_path, tiny_model, await engine(OBEYS), **options)):
+        await until(lambda: taken(store))
+        await teach(store, tiny_model, 2, first=2, policy="b")
+        await until(lambda: released(store, 1, "a"))
+            assert (await committed(store))[0] == ("a", 1)
+
+
+async def taken(store: Store) -> bool:
+    return "claimed" in (await states(store)).values()
+
+
+async def weights(store: Store, policy: str) -> list[bytes]:
+    """Adapter, moments and EMA of the policy's head, byte by byte."""
+    head = await lineage.head(store, policy)
+    assert head is not None
+    names = ("adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors")
+    return [(Path(head.path) / name).read_bytes() for name in names]
+
+
+async def test_a_policy_learns_the_same_whoever_learned_in_between(
+    tiny_model: Path, tmp_path: Path, store: Store, engine: Any
+) -> None:
+    url, options = await engine(OBEYS), {"teacher": "ema"}
+    alone = await Store.open(await migrated(tmp_path / "alone"))
+    await teach(alone, tiny_model, 2, first=0, policy="a")
+    await teach(alone, tiny_model, 2, first=4, policy="a")
+    async with learning(make_settings(tmp_path / "alone", tiny_model, url, **options)):
+        await until(lambda: released(alone, 2, "a"))
+    await teach(store, tiny_model, 2, first=0, policy="a")
+    await teach(store, tiny_model, 2, first=2, policy="b")
+    await teach(store, tiny_model, 2, first=4, policy="a")
+    async with learning(make_settings(tmp_path, tiny_model, url, **options)):
+        await until(lambda: released(store, 2, "a"))
+    assert await committed(store) == [("a", 1), ("b", 1), ("a", 2)]
+    assert await weights(store, "a") == await weights(alone, "a")
+    assert await weights(store, "b") != await weights(alone, "a")
+    await alone.close()
+
+
+async def migrated(home: Path) -> str:
+    home.mkdir()
+    url = f"sqlite+aiosqlite:///{home / 'agent-rl.db'}"
+    await migrate(url)
+    return url
+
+
+async def test_a_policy_whose_head_is_damaged_keeps_nobody_waiting(
+    tiny_model: Path, tmp_path: Path, store: Store, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await engine(OBEYS)
+    await teach(store, tiny_model, 2, first=0, policy="a")
+    async with learning(make_settings(tmp_path, tiny_model, url)):
+        await until(lambda: released(store, 1, "a"))
+    head = await lineage.head(store, "a")
+    assert head is not None
+    (Path(head.path) / "state.json").write_text("{}")
+    broken = await teach(store, tiny_model, 2, first=2, policy="a")
+    await teach(store, tiny_model, 2, first=4, policy="b")
+    async with learning(make_settings(tmp_path, tiny_model, url)):
+        await until(lambda: released(store, 1, "b"))
+    assert "policy a cannot be learned for now" in caplog.text
+    found = await states(store)
+    assert [found[lesson_id] for lesson_id in broken] == ["ready", "ready"]
