@@ -338,7 +338,7 @@ async def test_an_open_checkpoint_closes_when_another_policy_waits(
         await until(lambda: taken(store))
         await teach(store, tiny_model, 2, first=2, policy="b")
         await until(lambda: released(store, 1, "a"))
-            assert (await committed(store))[0] == ("a", 1)
+    assert (await committed(store))[0] == ("a", 1)
 
 
 async def taken(store: Store) -> bool:
