@@ -87,7 +87,7 @@ async def test_an_altered_past_is_a_fork_of_its_session(gateway: Gateway) -> Non
     _, first = await ask(gateway, HELLO, session="mine")
     _, second = await ask(gateway, HELLO, {"role": "assistant", "content": "I never said that."}, MORE, session="mine")
     assert second.turn.session_id == first.turn.session_id
-    assert (second.turn.parent_id, second.turn.fork_reason, second.turn.shared_len) == (None, "altered", 0)
+    assert (second.turn.fork_reason, second.turn.shared_messages) == ("altered", 0)
 
 
 async def test_a_retry_makes_a_second_child(gateway: Gateway) -> None:
@@ -114,10 +114,54 @@ async def test_two_that_begin_alike_are_not_mixed_up(gateway: Gateway) -> None:
     assert (third.turn.parent_id, third.turn.fork_reason, third.turn.session_rule) == (None, "ambiguous", "new")
 
 
+async def test_strangers_at_two_gateways_are_not_mixed_up(gateway: Gateway) -> None:
+    """Each gateway remembers one of two conversations that read alike; neither takes the other's for its own."""
+    _, first = await ask(gateway, HELLO)
+    stream = Stream(gateway.settings.redis_url, gateway.settings.store.stream)
+    other = Sessions(gateway.store, stream, 16)
+    found = await place(gateway, other, first)
+    other.remember(found.parent)
+    assert (await place(gateway, other, first)).fork_reason is None
+    await ask(gateway, HELLO)  # a stranger's, elsewhere
+    again = await place(gateway, other, first)
+    await stream.close()
+    assert (again.parent, again.fork_reason, again.rule) == (None, "ambiguous", "new")
+
+
+async def test_other_tools_are_a_fork_that_shares(gateway: Gateway) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    _, first = await ask(gateway, HELLO)
+    _, second = await ask(gateway, HELLO, OKAY, MORE, tools=[tool])
+    assert (second.turn.parent_id, second.turn.fork_reason) == (first.turn.turn_id, "tools_changed")
+    assert second.turn.session_id == first.turn.session_id
+    _, third = await ask(gateway, HELLO, OKAY, MORE, OKAY, MORE, tools=[tool])
+    assert (third.turn.parent_id, third.turn.fork_reason) == (second.turn.turn_id, None)
+
+
+async def test_a_compacted_past_shares_what_begins_alike(gateway: Gateway) -> None:
+    system = {"role": "system", "content": "You are terse. " * 8}
+    summary = {"role": "user", "content": "So far: we greeted."}
+    _, first = await ask(gateway, system, HELLO, session="s")
+    _, second = await ask(gateway, system, summary, {"role": "assistant", "content": "Noted."}, MORE, session="s")
+    assert (second.turn.parent_id, second.turn.fork_reason) == (first.turn.turn_id, "altered")
+    assert second.turn.shared_len > 8
+    assert second.turn.shared_messages == 0
+    asked = [Message(m["role"], m["content"]) for m in (system, summary)]
+    assert list(second.messages) == [*asked, Message("assistant", "Noted."), Message("user", "More")]
+
+
+async def test_an_answer_that_is_not_ours_behind_one_that_is(gateway: Gateway) -> None:
+    _, first = await ask(gateway, HELLO)
+    _, second = await ask(gateway, HELLO, OKAY, MORE, {"role": "assistant", "content": "Edited."}, MORE)
+    assert (second.turn.parent_id, second.turn.fork_reason) == (first.turn.turn_id, "altered")
+    assert second.turn.shared_len == len(first.prompt_ids + first.turn.response_ids)
+
+
 async def test_nothing_is_found_across_keys_and_end_users(gateway: Gateway) -> None:
     _, own = await ask(gateway, HELLO, user="ann")
     for other in ({"key": OTHER, "user": "ann"}, {"user": "bob"}, {}):
         _, found = await ask(gateway, HELLO, OKAY, MORE, **other)  # type: ignore[arg-type]
+        assert found.turn.session_id != own.turn.session_id
         assert (found.turn.parent_id, found.turn.fork_reason) == (None, "altered")
     _, same = await ask(gateway, HELLO, OKAY, MORE, user="ann")
     assert same.turn.parent_id == own.turn.turn_id
