@@ -1,8 +1,9 @@
 """The publisher: keeps what serves equal to what is wanted, and lets a new release serve if it passes its exam.
 
 Each round: load what is wanted and missing, unload what has drained, prove what is live, then examine the newest
-candidate of each policy. Everything it decides is a row; it may die anywhere and another goes on from the rows.
-An engine that does not answer is waited for: that is never a candidate's fault.
+candidate of each policy. Adapters of many policies lie on one engine; a policy without a release costs nothing.
+Everything it decides is a row; it may die anywhere and another goes on from the rows. An engine that does not answer is
+waited for: that is never a candidate's fault.
 """
 
 from __future__ import annotations
@@ -71,10 +72,9 @@ class Publisher:
     async def round(self) -> None:
         """One look at everything. An engine that does not answer ends it early; the next round goes on."""
         try:
-            for deployment in await self._deployments():
-                await self.serve(deployment)
+            await self.reconcile()
             await self.unload()
-            for deployment in await self._deployments():
+            for deployment in await lineage.deployed(self.store):
                 await self.advance(deployment)
             self.complaint = ""
         except EngineError as error:
@@ -84,17 +84,27 @@ class Publisher:
 
     # -------------------------------------------------------------------------------- what is wanted, and what is
 
+    async def reconcile(self) -> None:
+        """Look after the deployments whose releases are not all there and proven."""
+        info, wanted = await self.engine.info(), await lineage.wanted(self.store)
+        for deployment in await lineage.deployed(self.store):
+            for release in wanted.get(deployment.policy_id, []):
+                there = info.weight_version if release.kind == "full" else info.adapters.get(release.release_id)
+                right = release.release_id if release.kind == "full" else release.checksum
+                if there != right or (release.release_id == deployment.live and deployment.live not in self.proven):
+                    await self.serve(deployment)
+                    break
+        await self._serve_base(info.weight_version)
+
     async def serve(self, deployment: Deployment) -> None:
         """Load what this deployment wants, and prove its live release; one that cannot serve is rolled back."""
-        for release in await self._wanted(deployment):
+        for release in (await lineage.wanted(self.store)).get(deployment.policy_id, []):
             try:
                 await self.load(release)
                 if release.release_id == deployment.live and deployment.live not in self.proven:
                     await self.prove(release)
             except Unfit as unfit:
                 await self._give_up(release, deployment, str(unfit))
-        if deployment.live == BASE_RELEASE:
-            await self._serve_base(deployment)
 
     async def load(self, release: Release) -> None:
         """Bring a release into the engine if it is not there. Raises Unfit where the engine has other weights of it."""
@@ -131,7 +141,7 @@ class Publisher:
     async def unload(self) -> None:
         """Take out the adapters of ours that nothing has wanted for `drain_s`; a rejected one at once."""
         loaded = (await self.engine.info()).adapters
-        wanted = {r.release_id for d in await self._deployments() for r in await self._wanted(d)}
+        wanted = {r.release_id for of_policy in (await lineage.wanted(self.store)).values() for r in of_policy}
         now = time.monotonic()
         self.unwanted = {name: self.unwanted.get(name, now) for name in loaded if name not in wanted}
         for name, since in list(self.unwanted.items()):
@@ -145,12 +155,14 @@ class Publisher:
                 await self.engine.unload_adapter(name)
                 log.info("release %s unloaded", name)
 
-    async def _serve_base(self, deployment: Deployment) -> None:
-        """Full weights of a release that no longer serves give way to the base."""
-        info = await self.engine.info()
-        serving = await lineage.find_release(self.store, info.weight_version)
-        if serving and serving.kind == "full" and serving.policy_id == deployment.policy_id:
-            await self._swap(info, BASE_RELEASE, self._base_folder)
+    async def _serve_base(self, weights: str) -> None:
+        """Full weights of a release whose policy is back at its base give way to the base."""
+        release = await lineage.find_release(self.store, weights) if weights != BASE_RELEASE else None
+        if release is None or release.kind != "full":
+            return
+        deployment = await self.store.deployment(release.policy_id)
+        if deployment and deployment.live == BASE_RELEASE:
+            await self._swap(await self.engine.info(), BASE_RELEASE, self._base_folder)
 
     async def _swap(self, info: EngineInfo, release_id: str, folder: Path) -> None:
         """Full weights, once running answers have drained. Raises Unfit where others serve afterwards."""
@@ -262,18 +274,6 @@ class Publisher:
         return await lineage.set_state(
             self.store, release.release_id, state, expect=coming_from(state), reasons=reasons
         )
-
-    async def _wanted(self, deployment: Deployment) -> list[Release]:
-        """Live first, then the canary and the newest release that has passed and waits for a hand."""
-        names = [deployment.live, *filter(None, [deployment.canary])]
-        found = [await lineage.find_release(self.store, name) for name in names if name != BASE_RELEASE]
-        passed = await lineage.in_state(self.store, deployment.policy_id, ReleaseState.CANARY)
-        waiting = [r for r in passed[:1] if r.kind != "full"]
-        return list({r.release_id: r for r in [*found, *waiting] if r is not None}.values())
-
-    async def _deployments(self) -> list[Deployment]:
-        found = [await self.store.deployment(policy.policy_id) for policy in await self.store.policies()]
-        return [deployment for deployment in found if deployment is not None]
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:

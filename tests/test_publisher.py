@@ -17,6 +17,7 @@ from serving import serving
 from agent_rl.engine import Engine
 from agent_rl.experience import lineage
 from agent_rl.experience.store import Store
+from agent_rl.experience.tables import policies
 from agent_rl.models import LoraConfig, load_adapter, save_adapter, tensors_checksum
 from agent_rl.rendering import Renderer
 from agent_rl.settings import EngineSettings, ReleaseSettings, Settings, StoreSettings
@@ -40,17 +41,17 @@ class Stage:
     publisher: Publisher
     made: dict[str, Release] = field(default_factory=dict)
 
-    async def offer(self, release_id: str, **changes: Any) -> Release:
-        """A checkpoint behind the newest one and its release, staged as a learner stages them."""
+    async def offer(self, release_id: str, policy: str = "p1", **changes: Any) -> Release:
+        """A checkpoint behind the policy's newest one and its release, staged as a learner stages them."""
         n = len(self.made) + 1
         folder = self.folder / release_id
         save_adapter(folder, LoraConfig(1, 1.0, ("q_proj",)), {"layer.lora_A.weight": torch.full((1, 2), float(n))})
         checksum = tensors_checksum(load_adapter(folder)[1])
-        values = {"path": str(folder), "checksum": checksum, "created_at": 300.0 + n, "step": n}
+        values = {"path": str(folder), "checksum": checksum, "created_at": 300.0 + n, "step": n, "policy_id": policy}
         release = make_release(release_id, f"c{n}", **{**values, **changes})
-        head = await lineage.head(self.store, "p1")
-        checkpoint = make_checkpoint(f"c{n}", head.checkpoint_id if head else None, step=n)
-        lease = await lineage.acquire(self.store, "p1", "learner", 60)
+        head = await lineage.head(self.store, policy)
+        checkpoint = make_checkpoint(f"c{n}", head.checkpoint_id if head else None, step=n, policy_id=policy)
+        lease = await lineage.acquire(self.store, policy, "learner", 60)
         assert lease is not None
         await lineage.commit(self.store, lease, checkpoint, [make_step(n)], release)
         self.made[release_id] = release
@@ -66,8 +67,8 @@ class Stage:
         assert found is not None
         return found.reasons
 
-    async def live(self) -> str:
-        deployment = await self.store.deployment("p1")
+    async def live(self, policy: str = "p1") -> str:
+        deployment = await self.store.deployment(policy)
         assert deployment is not None
         return deployment.live
 
@@ -186,6 +187,48 @@ async def test_by_hand_a_pass_waits_loaded_for_promotion(stage: Stage) -> None:
     await lineage.promote(stage.store, "good1", actor="test", reason="by hand", max_attempts=2)
     await stage.publisher.round()
     assert (await stage.live(), stage.publisher.proven) == ("good1", {"good1"})
+
+
+# ---------------------------------------------------------------------------------------------- many policies
+
+
+async def test_many_policies_serve_on_one_engine_and_have_all_again_when_it_restarts(stage: Stage) -> None:
+    for policy in ("p2", "p3"):
+        await lineage.ensure_policy(stage.store, "default", policy, "b" * 64)
+    await stage.offer("one")
+    await stage.offer("two", policy="p2")
+    await stage.publisher.round()
+    assert [await stage.live(policy) for policy in ("p1", "p2", "p3")] == ["one", "two", BASE_RELEASE]
+    await stage.offer("empty", policy="p2")
+    await stage.publisher.round()
+    assert (await stage.state("empty"), await stage.live("p1"), await stage.live("p2")) == (S.REJECTED, "one", "two")
+    stage.server.adapters.clear()
+    await stage.publisher.round()
+    assert set(stage.server.adapters) == {"one", "two"}
+
+
+async def test_a_policy_that_came_without_a_deployment_gets_one_with_its_first_release(stage: Stage) -> None:
+    async with stage.store.write() as connection:  # as the recorder makes the policies of subjects
+        row = {"policy_id": "p1:ab12", "tenant_id": "default", "name": "p1@ab12", "base_hash": "b" * 64}
+        await connection.execute(policies.insert(), {**row, "created_at": 1.0})
+    assert await stage.store.deployment("p1:ab12") is None
+    with pytest.raises(ValueError, match="base serves policy p1:ab12 already"):
+        await lineage.rollback(stage.store, "p1:ab12", None, actor="test", reason="x", max_attempts=2)
+    await stage.offer("own", policy="p1:ab12")
+    await stage.publisher.round()
+    assert (await stage.live("p1:ab12"), await stage.live("p1")) == ("own", BASE_RELEASE)
+    await lineage.rollback(stage.store, "p1:ab12", None, actor="test", reason="x", max_attempts=2)
+    assert await stage.live("p1:ab12") == BASE_RELEASE
+
+
+async def test_a_policy_without_a_release_is_not_looked_at(stage: Stage) -> None:
+    assert await lineage.deployed(stage.store) == []
+    await stage.offer("good1")
+    assert [deployment.policy_id for deployment in await lineage.deployed(stage.store)] == ["p1"]
+    assert await lineage.wanted(stage.store) == {}
+    await stage.publisher.round()
+    wanted = await lineage.wanted(stage.store)
+    assert [release.release_id for release in wanted["p1"]] == ["good1"]
 
 
 # --------------------------------------------------------------------------------------------- what is served

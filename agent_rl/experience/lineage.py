@@ -18,6 +18,7 @@ from agent_rl.experience.promotion import promote, reject, rollback
 from agent_rl.experience.records import insert
 from agent_rl.experience.releases import (
     add_exam,
+    deployed,
     find_release,
     in_state,
     insert_release,
@@ -26,6 +27,7 @@ from agent_rl.experience.releases import (
     set_state,
     staged,
     stands,
+    wanted,
 )
 from agent_rl.experience.rows import checkpoint_of, jsonable, policy_of
 from agent_rl.experience.store import Store
@@ -39,6 +41,7 @@ __all__ = [
     "acquire",
     "add_exam",
     "commit",
+    "deployed",
     "ensure_policy",
     "find_release",
     "head",
@@ -52,6 +55,7 @@ __all__ = [
     "rollback",
     "set_state",
     "staged",
+    "wanted",
 ]
 
 
@@ -68,10 +72,9 @@ async def ensure_policy(store: Store, tenant_id: str, name: str, base_hash: str)
         raise ValueError(f"a tenant or policy cannot have '~' in its name (got {tenant_id!r}, {name!r})")
     policy_id, now = name if tenant_id == "default" else f"{tenant_id}~{name}", time.time()
     row = {"policy_id": policy_id, "tenant_id": tenant_id, "name": name, "base_hash": base_hash, "created_at": now}
-    serving = {"policy_id": policy_id, "live_release_id": BASE_RELEASE, "generation": 1, "updated_at": now}
     async with store.write() as connection:
         await connection.execute(insert(connection, policies).on_conflict_do_nothing(), row)
-        await connection.execute(insert(connection, deployments).on_conflict_do_nothing(), serving)
+        await _serve_something(connection, policy_id, now)
         found = await locked_policy(connection, policy_id)
     if found["base_hash"] != base_hash:
         raise ValueError(
@@ -79,6 +82,12 @@ async def ensure_policy(store: Store, tenant_id: str, name: str, base_hash: str)
             "serve the model that it was made on, or use another home folder"
         )
     return policy_of(found)
+
+
+async def _serve_something(connection: AsyncConnection, policy_id: str, now: float) -> None:
+    """A policy that has no deployment yet serves its base."""
+    serving = {"policy_id": policy_id, "live_release_id": BASE_RELEASE, "generation": 1, "updated_at": now}
+    await connection.execute(insert(connection, deployments).on_conflict_do_nothing(), serving)
 
 
 async def head(store: Store, policy_id: str) -> Checkpoint | None:
@@ -119,6 +128,7 @@ async def commit(
         await _insert_checkpoint(connection, lease, checkpoint)
         await _insert_steps(connection, checkpoint, steps)
         if release is not None:
+            await _serve_something(connection, lease.policy_id, release.created_at)
             await insert_release(connection, release)
         moved = update(policies).where(policies.c.policy_id == lease.policy_id)
         await connection.execute(moved.values(head_checkpoint_id=checkpoint.checkpoint_id))

@@ -164,8 +164,10 @@ async def _return_lessons(connection: AsyncConnection, checkpoint_ids: Sequence[
 
 
 async def _deployment(connection: AsyncConnection, policy_id: str) -> Deployment:
+    """The policy's, locked; its base where it never had a release."""
     query = select(deployments).where(deployments.c.policy_id == policy_id).with_for_update()
-    return deployment_of((await connection.execute(query)).mappings().one())
+    row = (await connection.execute(query)).mappings().one_or_none()
+    return deployment_of(row) if row else Deployment(policy_id, BASE_RELEASE, 0)
 
 
 async def _serve(connection: AsyncConnection, before: Deployment, live: str) -> Deployment:

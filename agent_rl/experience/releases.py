@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 import msgspec
-from sqlalchemy import RowMapping, select, update
+from sqlalchemy import RowMapping, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.records import insert
-from agent_rl.experience.rows import jsonable, release_of
+from agent_rl.experience.rows import deployment_of, jsonable, release_of
 from agent_rl.experience.store import Store
-from agent_rl.experience.tables import checkpoints, exams
+from agent_rl.experience.tables import checkpoints, deployments, exams
 from agent_rl.experience.tables import releases as releases_table
-from agent_rl.types import ExamReport, Release, ReleaseState
+from agent_rl.types import BASE_RELEASE, Deployment, ExamReport, Release, ReleaseState
 
 _newest = select(releases_table).order_by(releases_table.c.created_at.desc(), releases_table.c.release_id)
 
@@ -33,6 +33,36 @@ async def in_state(store: Store, policy_id: str, state: ReleaseState) -> list[Re
     query = _newest.where(releases_table.c.policy_id == policy_id, releases_table.c.state == state.value)
     async with store.read() as connection:
         return [release_of(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def deployed(store: Store) -> list[Deployment]:
+    """Where something serves beside the untouched base, or waits to; of all other policies there is nothing to do."""
+    coming = select(releases_table.c.policy_id).where(releases_table.c.state.in_(["staged", "examining", "canary"]))
+    serving = (deployments.c.live_release_id != BASE_RELEASE) | deployments.c.canary_release_id.is_not(None)
+    query = select(deployments).where(or_(serving, deployments.c.policy_id.in_(coming)))
+    async with store.read() as connection:
+        found = (await connection.execute(query.order_by(deployments.c.policy_id))).mappings()
+        return [deployment_of(row) for row in found]
+
+
+async def wanted(store: Store) -> dict[str, list[Release]]:
+    """What the engine should have, by policy: the live release, the canary, and the newest adapter that has passed and
+    waits for a hand."""
+    named = releases_table.c.release_id.in_([deployments.c.live_release_id, deployments.c.canary_release_id])
+    passed = releases_table.c.state == ReleaseState.CANARY.value
+    query = _newest.join(deployments, deployments.c.policy_id == releases_table.c.policy_id).where(or_(named, passed))
+    query = query.add_columns(named.label("named"))
+    found: dict[str, list[Release]] = {}
+    waiting: set[str] = set()
+    async with store.read() as connection:
+        for row in (await connection.execute(query)).mappings():
+            release = release_of(row)
+            if not row["named"]:
+                if release.policy_id in waiting or release.kind == "full":
+                    continue
+                waiting.add(release.policy_id)
+            found.setdefault(release.policy_id, []).append(release)
+    return found
 
 
 async def releases(store: Store, policy_id: str | None = None, limit: int = 50) -> list[Release]:
