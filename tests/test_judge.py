@@ -10,6 +10,7 @@ import pytest
 from nouns import make_child, make_feedback, make_turn, user
 
 from agent_rl.experience import lineage
+from agent_rl.experience.explaining import explain
 from agent_rl.experience.lessons import claim_lessons
 from agent_rl.experience.store import Store
 from agent_rl.judge import judge, judge_batch, run, takes_back, tool_error
@@ -212,3 +213,16 @@ async def test_the_role_judges_what_comes_and_stops_when_told(
     stop.set()
     await asyncio.wait_for(role, 5)
     assert found == [("t1", "Be brief.", ("Be brief.",))]
+
+
+async def test_the_role_closes_what_is_idle(store: Store, settings: Settings, tmp_path: Path) -> None:
+    await store.record([Arrival("j", 1, make_turn("t1"))])
+    url = f"sqlite+aiosqlite:///{tmp_path / 'agent-rl.db'}"
+    stop = asyncio.Event()
+    role = asyncio.create_task(run(Settings(store=StoreSettings(database=url, session_idle_s=1.0)), stop))
+    async with asyncio.timeout(5):
+        while not (known := await explain(store, "t1")) or known["session_closed_at"] is None:
+            await asyncio.sleep(0.02)
+    stop.set()
+    await asyncio.wait_for(role, 5)
+    assert known["why"] == "It is no lesson: the session ended and nothing followed."
