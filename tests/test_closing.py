@@ -31,7 +31,7 @@ async def settled(store: Store) -> list[tuple[str, int, int | None, str]]:
     async with store.read() as connection:
         query = select(verdicts.c.turn_id, verdicts.c.revision, verdicts.c.score, verdicts.c.reason)
         rows = await connection.execute(query.order_by(verdicts.c.turn_id, verdicts.c.revision))
-        return [tuple(row) for row in rows]  # type: ignore[misc]
+        return [tuple(row) for row in rows]
 
 
 async def test_an_idle_session_closes_and_its_last_answer_is_settled(any_store: Store, record: Recorded) -> None:

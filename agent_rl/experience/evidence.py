@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from sqlalchemy import RowMapping, select
+from sqlalchemy import ColumnElement, RowMapping, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.records import follows
@@ -17,6 +17,12 @@ from agent_rl.types import Evidence, Feedback, Lesson, Message, Transcript, Turn
 def subject_of(turn: Turn) -> str:
     """Whose preferences a turn's feedback is: the end user's, else the key's."""
     return turn.subject or turn.api_key_id or ""
+
+
+def standing_of(turn: Turn) -> ColumnElement[bool]:
+    """What stands for the turn's subject. A policy may be shared: two tenants' subjects of one name are two."""
+    whose = (preferences.c.tenant_id == turn.tenant_id) & (preferences.c.subject == subject_of(turn))
+    return whose & (preferences.c.policy_id == turn.policy_id) & preferences.c.retracted_at.is_(None)
 
 
 async def evidence_of(connection: AsyncConnection, turn_id: str, revision: int) -> Evidence | None:
@@ -83,9 +89,5 @@ async def _feedback(connection: AsyncConnection, turn: Turn) -> tuple[Feedback, 
 
 
 async def _standing(connection: AsyncConnection, turn: Turn) -> tuple[str, ...]:
-    query = select(preferences.c.text).where(
-        preferences.c.policy_id == turn.policy_id,
-        preferences.c.subject == subject_of(turn),
-        preferences.c.retracted_at.is_(None),
-    )
+    query = select(preferences.c.text).where(standing_of(turn))
     return tuple((await connection.execute(query.order_by(preferences.c.created_at, preferences.c.text))).scalars())

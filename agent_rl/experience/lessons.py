@@ -18,7 +18,7 @@ from uuid import uuid4
 from sqlalchemy import ColumnElement, FromClause, Select, and_, func, not_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_rl.experience.evidence import evidence_of, lessons_of, subject_of
+from agent_rl.experience.evidence import evidence_of, lessons_of, standing_of, subject_of
 from agent_rl.experience.leases import free_for, hold
 from agent_rl.experience.records import insert
 from agent_rl.experience.store import Store
@@ -187,8 +187,7 @@ async def _take_back(connection: AsyncConnection, turn: Turn, verdict: Verdict, 
     same = (verdicts.c.turn_id == turn.turn_id) & (verdicts.c.reason == verdict.reason)
     if (await connection.execute(select(verdicts.c.revision).where(same).limit(1))).first() is not None:
         return
-    mine = (preferences.c.policy_id == turn.policy_id) & (preferences.c.subject == subject_of(turn))
-    standing = mine & (preferences.c.text == text) & preferences.c.retracted_at.is_(None)
+    standing = standing_of(turn) & (preferences.c.text == text)
     await connection.execute(update(preferences).where(standing).values(retracted_at=now))
 
 
