@@ -88,22 +88,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(command: list[str], cores: set[int], log: Path, **environment: str) -> Iterator[int]:
-    """A process on these cores until the block ends; yields its id."""
+def process(command: list[str], cores: set[int], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on these cores until the block ends."""
     with log.open("wb") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environment})
     try:
         os.sched_setaffinity(child.pid, cores)
-        yield child.pid
+        yield child
     finally:
         child.terminate()
         child.wait(20)
 
 
-def wait_for(url: str, log: Path, seconds: float = 120) -> None:
-    """Until somebody answers there, whatever they say."""
+def wait_for(url: str, child: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+    """Until the child answers there, whatever it says."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and child.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except urllib.error.HTTPError:
@@ -112,7 +112,7 @@ def wait_for(url: str, log: Path, seconds: float = 120) -> None:
             time.sleep(0.1)
         else:
             return
-    raise RuntimeError(f"nobody answers at {url} after {seconds:.0f} s: {log.read_text()[-1000:]}")
+    raise RuntimeError(f"nobody answers at {url}: {log.read_text()[-1000:]}")
 
 
 def cpu_s(pid: int) -> float:
@@ -148,10 +148,10 @@ def start_litellm(stack: ExitStack, folder: Path, cores: set[int], program: Path
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_TELEMETRY": "False",
     }
-    pid = stack.enter_context(process(command, cores, log, **environment))
-    wait_for(f"http://127.0.0.1:{port}/health/liveliness", log)
+    child = stack.enter_context(process(command, cores, log, **environment))
+    wait_for(f"http://127.0.0.1:{port}/health/liveliness", child, log)
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    return Contestant(Target("LiteLLM", url, {"authorization": f"Bearer {key}"}, CHAT), "direct", pid)
+    return Contestant(Target("LiteLLM", url, {"authorization": f"Bearer {key}"}, CHAT), "direct", child.pid)
 
 
 def start_ours(stack: ExitStack, folder: Path, own: set[int], others: set[int]) -> list[Contestant]:
@@ -162,14 +162,15 @@ def start_ours(stack: ExitStack, folder: Path, own: set[int], others: set[int]) 
     settings = settings_of(folder, redis.url)
     asyncio.run(prepare(settings, print))
     written = str(write_settings(settings))
-    pids = {}
+    roles = {}
     for name in ("engine", "recorder", "gateway"):
-        command = [sys.executable, "-m", "server.cli", "role", name, written]
+        command = [sys.executable, "-m", "server.cli", "role", name, "--settings", written]
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        pids[name] = stack.enter_context(process(command, own if name == "gateway" else others, folder / name, **quiet))
+        where, log = own if name == "gateway" else others, folder / f"{name}.log"
+        roles[name] = stack.enter_context(process(command, where, log, **quiet))
         if name != "recorder":
             port = settings.engine.port if name == "engine" else settings.gateway.port
-            wait_for(f"http://127.0.0.1:{port}/health", folder / name)
+            wait_for(f"http://127.0.0.1:{port}/health", roles[name], log)
     sampling = {"max_new_tokens": TOKENS, "temperature": 1.0}
     generate = {"input_ids": list(range(3, 63)), "sampling_params": sampling, "return_logprob": True, "stream": True}
     key = {"authorization": f"Bearer {(settings.home / 'key').read_text().strip()}"}
@@ -179,8 +180,8 @@ def start_ours(stack: ExitStack, folder: Path, own: set[int], others: set[int]) 
         Contestant(
             Target("agent-rl", url, key, CHAT),
             "scripted engine",
-            pids["gateway"],
-            (pids["recorder"], redis._process.pid),
+            roles["gateway"].pid,
+            (roles["recorder"].pid, redis._process.pid),
         ),
     ]
 
