@@ -2,14 +2,16 @@
 # make chat    talk to it in a terminal
 # make demo    watch the served model learn a preference from a simulated user
 # make test    lint, types, tests
+# make bench-gateway   the gateway beside LiteLLM and direct access, into docs/results/gateway.md
 # Options of the commands go into ARGS: make serve ARGS="--port 9000"
 
 VENV ?= .venv
+CACHE ?= $(HOME)/.cache/agent-rl
 BIN  := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve demo chat test lint install clean
+.PHONY: serve demo chat test lint bench-gateway install clean
 
 serve: install
 	@exec $(BIN)/agent-rl serve $(ARGS)
@@ -27,6 +29,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-gateway: install $(CACHE)/litellm/bin/litellm
+	$(BIN)/python tests/bench/gateway.py --litellm $(CACHE)/litellm/bin/litellm --write $(ARGS)
+
+$(CACHE)/litellm/bin/litellm:
+	python3 -m venv $(CACHE)/litellm
+	$(CACHE)/litellm/bin/pip install --quiet 'litellm[proxy]'
 
 install: $(VENV)/.installed
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +127,14 @@ class Engine:
         body = await self._request(prompt_ids, release, sampling_body(sampling, stop_ids), rid, priority, extra_key)
         reader = AnswerReader(body.get("lora_path"), sampling)
         async with self._call("POST", "/generate", body | {"stream": True}) as response:
-            async for event in _events(response):
-                chunk = reader.read(event)
-                self._heard(event["meta_info"])
-                if chunk.ids or chunk.finish:
-                    yield chunk
-                if chunk.finish:
-                    return
+            async for lines in _events(response):
+                for event in _needed(lines):
+                    chunk = reader.read(event)
+                    self._heard(event["meta_info"])
+                    if chunk.ids or chunk.finish:
+                        yield chunk
+                    if chunk.finish:
+                        return
         raise EngineUnavailable(f"{self.url} closed the stream of {rid} before its end")
 
     async def complete(
@@ -378,22 +379,27 @@ def sampling_body(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]
     return body
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event, up to [DONE]."""
-    buffer = bytearray()
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
+    """The JSON texts of the server-sent events, as many as there are at a time, up to [DONE]."""
+    rest = b""
     async for data in response.content.iter_any():
-        buffer += data
-        while (end := buffer.find(b"\n\n")) >= 0:
-            line = bytes(buffer[:end]).strip().removeprefix(b"data:").strip()
-            del buffer[: end + 2]
-            if line == b"[DONE]":
-                return
-            if not line or line.startswith(b":"):
-                continue
-            event = orjson.loads(line)
-            if "error" in event:
-                raise EngineError(f"the engine failed: {_message(line.decode())}")
-            yield event
+        *whole, rest = (rest + data).split(b"\n\n")
+        lines = [line.strip().removeprefix(b"data:").strip() for line in whole]
+        texts = [line for line in lines if line and line != b"[DONE]" and not line.startswith(b":")]
+        if texts:
+            yield texts
+        if b"[DONE]" in lines:
+            return
+
+
+def _needed(texts: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """Of events that came together the last alone, where it repeats the others. Raises EngineError at an error."""
+    last = orjson.loads(texts[-1])
+    repeats = "error" not in last and len(last["output_ids"]) == last["meta_info"]["completion_tokens"]
+    for event in [last] if repeats else map(orjson.loads, texts):
+        if "error" in event:
+            raise EngineError(f"the engine failed: {_message(orjson.dumps(event).decode())}")
+        yield event
 
 
 def _finish(reason: Mapping[str, Any]) -> Finish:

@@ -103,6 +103,12 @@ class Job:
     started: bool = False
     aborted: bool = False
     retractions: int = 0
+    nap: asyncio.Future[None] | None = None
+
+    def abort(self) -> None:
+        self.aborted = True
+        if self.nap:
+            _wake(self.nap)
 
 
 class ScriptedEngine:
@@ -184,7 +190,7 @@ class ScriptedEngine:
 
     async def abort(self, rid: str) -> None:
         if rid in self.jobs:
-            self.jobs[rid].aborted = True
+            self.jobs[rid].abort()
         await self._notify()
 
     async def load_adapter(self, name: str, folder: Path) -> None:
@@ -246,7 +252,7 @@ class ScriptedEngine:
 
     async def _abort_all(self) -> None:
         for job in self.jobs.values():
-            job.aborted = True
+            job.abort()
         await self._notify()
 
     async def _notify(self) -> None:
@@ -254,19 +260,28 @@ class ScriptedEngine:
             self.changed.notify_all()
 
     async def _until(self, job: Job, ready: Callable[[], bool]) -> None:
+        if ready():
+            return
         async with self.changed:
             await self.changed.wait_for(lambda: job.aborted or ready())
 
     async def _sleep(self, job: Job, seconds: float) -> None:
         """Let time pass, but not for an answer that is given up."""
-        if seconds == 0:
+        if seconds == 0 or job.aborted:
             await asyncio.sleep(0)
             return
+        loop = asyncio.get_running_loop()
+        job.nap = loop.create_future()
+        timer = loop.call_later(seconds, _wake, job.nap)
         try:
-            async with asyncio.timeout(seconds):
-                await self._until(job, lambda: False)
-        except TimeoutError:
-            return
+            await job.nap
+        finally:
+            timer.cancel()
+
+
+def _wake(nap: asyncio.Future[None]) -> None:
+    if not nap.done():
+        nap.set_result(None)
 
 
 def last_user_reader(tokenizer: Any) -> Callable[[str], str]:
