@@ -1,8 +1,15 @@
-"""An answer as it becomes certain: ids in, text, reasoning and tool calls out."""
+"""An answer as it becomes certain: text in, as it is decoded; text, reasoning and tool calls out, without markup."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import uuid4
+
+from agent_rl.dialects import CallReader, Dialect
+from agent_rl.types import Message, ToolCall
+
+THINK, THOUGHT = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +32,143 @@ class Parsed:
 
     def __bool__(self) -> bool:
         return bool(self.text or self.reasoning or self.calls)
+
+
+class Reader:
+    """What an answer's text says. `dialect` None: nobody offered tools, so that calls are plain text; `thinks`: whether
+    the model marks reasoning; `thinking`: whether the prompt has opened it already.
+
+    A call that cannot be read is text in the end; one that is cut off before its name is nothing.
+    """
+
+    def __init__(self, stop: Sequence[str], dialect: Dialect | None, *, thinks: bool, thinking: bool) -> None:
+        self._stop, self._dialect, self._thinks = tuple(filter(None, stop)), dialect, thinks
+        self._mode = "reasoning" if thinking else "text"
+        self._held = ""  # may be the beginning of something else than text
+        self._call: CallReader | None = None
+        self._calls: list[tuple[str, str, CallReader]] = []  # (id, name, its reader)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._began = False  # something other than white space was said
+        self._gap = ""  # white space before the call that is being read
+        self._spilled = ""  # what looked like a call and was none
+        self.stop_string: str | None = None
+
+    def push(self, text: str, *, last: bool = False) -> Parsed:
+        """What is certain now; all of it if this is the `last`."""
+        said, thought, calls = "", "", []
+        self._held += text
+        while self.stop_string is None:
+            mode, held = self._mode, self._held
+            if mode == "reasoning":
+                thought += self._think(last)
+            elif mode == "call":
+                calls += self._read_call(last)
+            else:
+                said += self._say(last)
+            said, self._spilled = said + self._spilled, ""
+            if (self._mode, self._held) == (mode, held):
+                break
+        if self.stop_string is not None:
+            self._held = ""
+        self._text.append(said)
+        self._reasoning.append(thought)
+        return Parsed(said, thought, tuple(calls))
+
+    def answer(self) -> Message:
+        """All that was certain so far."""
+        calls = tuple(ToolCall(call_id, name, reader.arguments) for call_id, name, reader in self._calls)
+        reasoning = "".join(self._reasoning).strip()
+        return Message("assistant", "".join(self._text), tool_calls=calls, reasoning=reasoning or None)
+
+    # ----------------------------------------------------------------------------------------------- the modes
+
+    def _say(self, last: bool) -> str:
+        """Text up to whatever ends it: a stop string, a thought, a call."""
+        held = self._held
+        if self._dialect and not self._dialect.opening and not self._began and held.lstrip()[:1] == "{":
+            self._mode, self._call = "call", CallReader()
+            return ""
+        openings = [o for o in (THINK if self._thinks and not self._began else "", self._opening()) if o]
+        marks = [(at, m) for m in (*self._stop, *openings) if (at := held.find(m)) >= 0]
+        at, mark = min(marks, default=(len(held), ""))
+        if mark:
+            said, self._held = held[:at], held[at + len(mark) :]
+            if mark in self._stop:
+                self.stop_string = mark
+                return said
+            self._mode = "reasoning" if mark == THINK else "call"
+            self._call = CallReader() if self._mode == "call" else None
+            shown = said.rstrip() if said.strip() or self._mode == "call" else ""
+            self._gap = said[len(shown) :]
+            return shown
+        keep = 0 if last else self._uncertain(held, (*self._stop, *openings))
+        said, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        if self._calls and not said.strip():
+            return ""  # white space between calls
+        self._began = self._began or bool(said.strip())
+        return said
+
+    def _think(self, last: bool) -> str:
+        thought, found, rest = self._held.partition(THOUGHT)
+        if found:
+            self._mode, self._held, self._began = "text", rest.lstrip("\n"), True
+            return thought
+        keep = 0 if last else _overlap(self._held, (THOUGHT,))
+        thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return thought
+
+    def _read_call(self, last: bool) -> list[CallDelta]:
+        assert self._dialect is not None
+        assert self._call is not None
+        call, closing = self._call, self._dialect.closing
+        body, found, rest = self._held.partition(closing) if closing else (self._held, "", "")
+        keep = 0 if found or last or not closing else _overlap(body, (closing,))
+        deltas = self._feed(call, body[: len(body) - keep])
+        self._held = body[len(body) - keep :]
+        if found or (last and not self._held) or (not closing and call.done):
+            self._mode, self._call, self._began = "text", None, True
+            self._held = rest or call.rest.lstrip("; \n")
+            if call.name is None:
+                deltas += self._late(call, found, last)
+        return deltas
+
+    def _feed(self, call: CallReader, text: str) -> list[CallDelta]:
+        known = call.name
+        piece = call.push(text)
+        if known is None and call.name is not None:
+            return [self._begin(call, call.name, piece)]
+        return [CallDelta(len(self._calls) - 1, piece)] if piece else []
+
+    def _begin(self, call: CallReader, name: str, arguments: str) -> CallDelta:
+        call_id = f"call_{uuid4().hex[:24]}"
+        self._calls.append((call_id, name, call))
+        return CallDelta(len(self._calls) - 1, arguments, call_id, name)
+
+    def _late(self, call: CallReader, found: str, last: bool) -> list[CallDelta]:
+        """A call that ended without showing its name in the usual place: in another order, or no call at all."""
+        if whole := call.whole():
+            call.name, call.arguments = whole
+            return [self._begin(call, *whole)]
+        assert self._dialect is not None
+        if found or not self._dialect.opening:
+            self._spilled = f"{self._gap}{self._dialect.opening}{call.raw}{found}"
+        return []
+
+    # -------------------------------------------------------------------------------------------------- holding back
+
+    def _opening(self) -> str:
+        return self._dialect.opening if self._dialect else ""
+
+    def _uncertain(self, text: str, marks: Sequence[str]) -> int:
+        """Characters at the end that may turn out to be no text: a mark's beginning, and white space before a call."""
+        keep = _overlap(text, marks)
+        if self._dialect and self._dialect.opening:
+            shown = text[: len(text) - keep]
+            keep += len(shown) - len(shown.rstrip())
+        return keep
+
+
+def _overlap(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest ending of `text` with which one of `marks` begins."""
+    return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)

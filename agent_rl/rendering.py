@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from agent_rl.types import Json, Message
+from agent_rl.dialects import HERMES, dialect_of, spell_out, tool_grammar
+from agent_rl.parsing import THINK, Parsed, Reader
+from agent_rl.types import Grammar, Json, Message, ToolCall
 
 Ids = tuple[int, ...]
 UNFINISHED = 3  # tokens that can be the beginning of one character: UTF-8 has four bytes at most
@@ -47,9 +49,14 @@ class Renderer:
             raise RenderError(f"the tokenizer in {folder} has no chat template, so no conversation can be rendered")
         self._template = template
         self._tokenizer = template.backend_tokenizer
+        self._dialect = dialect_of(template.chat_template)
+        self._thinks = THINK in template.chat_template
         self._specials = {t.content: i for i, t in template.added_tokens_decoder.items() if t.special}
         longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
         self._markup = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._knows_tools = self._shows_tools()
+        if not self._knows_tools:
+            self._dialect = HERMES
         wholes = [self.encode(text) for text in map(self._text, PROBES)]  # special tokens are taken for such, still
         self._tokenizer.encode_special_tokens = True  # from here on the tokenizer takes text for text
         if wholes != [self._pieces(text) for text in map(self._text, PROBES)]:
@@ -76,11 +83,26 @@ class Renderer:
     def answer(self, response_ids: Sequence[int]) -> Message:
         """The assistant message in a whole response, its end marker left out."""
         parser = self.parser()
-        return Message("assistant", parser.push(response_ids) + parser.finish())
+        parser.push(response_ids)
+        parser.finish()
+        return parser.answer()
 
-    def parser(self, stop: Sequence[str] = ()) -> AnswerParser:
-        """An incremental parser for one answer."""
-        return AnswerParser(self._tokenizer, self.stop_ids, stop)
+    def parser(
+        self, stop: Sequence[str] = (), *, tools: Sequence[Json] = (), prompt_ids: Sequence[int] = ()
+    ) -> AnswerParser:
+        """An incremental parser for one answer to a prompt that ends with `prompt_ids`; calls are parsed where `tools`
+        were offered."""
+        thinking = self._thinks and self.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
+        reader = Reader(stop, self._dialect if tools else None, thinks=self._thinks, thinking=thinking)
+        unseen = set(self._specials.values()) - {self._specials[m] for m in MARKUP if m in self._specials}
+        return AnswerParser(self._tokenizer, self.stop_ids, unseen, reader)
+
+    def tool_grammar(self, tools: Sequence[Json], choice: str, parallel: bool) -> Grammar:
+        """Calls of these tools and nothing else; `choice` is "required" or "=NAME". Raises RenderError."""
+        try:
+            return tool_grammar(self._dialect, tools, choice, parallel)
+        except ValueError as error:
+            raise RenderError(str(error)) from error
 
     def encode(self, text: str) -> Ids:
         """Plain text to ids, no markup, no special tokens: for perplexity and scoring, never for training data."""
@@ -94,6 +116,8 @@ class Renderer:
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Json] = (), *, opening: bool = True) -> str:
         """What the template writes; special tokens that messages spell out carry a guard behind their first letter."""
+        if not self._knows_tools:
+            messages, tools = spell_out(messages, tools), ()
         chat: Any = [_template_message(m) for m in messages]
         if self._spelled_out(chat):
             chat = self._guarded(chat)
@@ -131,20 +155,28 @@ class Renderer:
 
     # --------------------------------------------------------------------------------------------------- bridging
 
+    def _shows_tools(self) -> bool:
+        """Whether the template writes offered tools, calls and results."""
+        chat: Any = [_template_message(m) for m in _TOOLS]
+        try:
+            text = str(self._template.apply_chat_template(chat, tools=[_TOOL], tokenize=False))
+        except (TemplateError, TypeError, ValueError):
+            return False
+        return all(word in text for word in ("look_up", "teapot", "It is hot."))
+
     def _find_closing(self) -> tuple[str, int | None]:
         """What the template writes behind an answer, and the special token that this begins with, if it does."""
-        text = self._text([Message("user", "Hi"), Message("assistant", ANSWER)], opening=False)
+        text = self._text(_PAST, opening=False)
         closing = text.rpartition(ANSWER)[2]
         first = self._markup.match(closing)
         return closing, self._specials[first[0]] if first else None
 
     def _extend(self, past_ids: Sequence[int], new: Sequence[Message], tools: Sequence[Json] = ()) -> Ids | None:
-        """Template(past + new) minus template(past), behind the closing of the last answer as far as it is missing."""
-        past = [Message("user", "Hi"), Message("assistant", ANSWER)]
-        before, after = self._text(past, tools, opening=False), self._text([*past, *new], tools)
-        if not after.startswith(before):
+        """What the template writes behind an answer that `new` follows, without what `past_ids` has of it already."""
+        tail = self._text([*_PAST, *new], tools).rpartition(ANSWER)[2]
+        if not tail.startswith(self._closing):
             return None
-        closing = self._pieces(self._closing + after[len(before) :])
+        closing = self._pieces(tail)
         if past_ids[-1] == closing[0]:
             return closing[1:]
         return None if past_ids[-1] in self.stop_ids else closing
@@ -161,47 +193,58 @@ class Renderer:
                     tail = self._extend(past, probe[at + 1 :])
                     if tail is None or (*past, *tail) != everything:
                         return f"extending an answer does not give what the chat template gives for {probe!r}"
+        everything, tail = self._pieces(self._text(_TOOLS, [_TOOL])), self._extend((end,), _TOOLS[2:], [_TOOL])
+        if tail is None or everything[-len(tail) - 1 :] != (end, *tail):
+            return "extending a tool call by its results does not give what the chat template gives"
         return None
 
 
 class AnswerParser:
-    """Ids in as they are sampled, text out as soon as it is certain: split UTF-8 and the start of a possible stop
-    string are held back, end markers never come out. The work per token does not grow with the answer."""
+    """Ids in as they are sampled, what they say out as soon as it is certain: split UTF-8 and what may become markup or
+    a stop string are held back, end markers never come out. The work per token does not grow with the answer."""
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop_ids, self._stop = tokenizer, frozenset(stop_ids), tuple(filter(None, stop))
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], unseen: Collection[int], reader: Reader) -> None:
+        self._tokenizer, self._stop_ids, self._unseen = tokenizer, frozenset(stop_ids), frozenset(unseen)
+        self._reader = reader
         self._shown: list[int] = []  # the ids that came out last: what the next ones are decoded behind
         self._fresh: list[int] = []  # ids that do not end on a whole character yet
-        self._held = ""  # text that may be the start of a stop string
         self._ended = False  # by an end marker
-        self._stopped = False
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids make certain."""
+    def push(self, ids: Sequence[int]) -> Parsed:
+        """What these ids make certain."""
         for token in ids:
-            if self._ended or self._stopped:
+            if self._ended or self.stopped:
                 break
             if token in self._stop_ids:
                 self._ended = True
-            else:
+            elif token not in self._unseen:
                 self._fresh.append(token)
-        return self._certain(self._decoded(last=self._ended))
+        return self._reader.push(self._decoded(last=self._ended))
 
-    def finish(self) -> str:
+    def finish(self) -> Parsed:
         """What was held back and turned out to be text; nothing after a stop string."""
-        text = self._certain(self._decoded(last=True)) + self._held
-        self._held = ""
-        return text
+        return self._reader.push(self._decoded(last=True), last=True)
+
+    def answer(self) -> Message:
+        """Everything so far."""
+        return self._reader.answer()
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return self._reader.stop_string
 
     @property
     def stopped(self) -> bool:
         """True once a stop string was seen: the rest of the answer is not wanted."""
-        return self._stopped
+        return self._reader.stop_string is not None
 
     def _decoded(self, *, last: bool) -> str:
         """The text of the fresh ids, without those at the end that are the beginning of a character. Bytes that can
         never be one come out as U+FFFD."""
-        behind = len(self._text(self._shown))
+        if not self._fresh:
+            return ""
+        behind = len(self._text(self._shown)) if self._shown else 0
         ready = len(self._fresh)
         text = self._text(self._shown + self._fresh)
         if text.endswith("\ufffd") and not last:
@@ -215,21 +258,7 @@ class AnswerParser:
         return text[behind:]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _certain(self, text: str) -> str:
-        """Cut at the first stop string; hold back the longest ending that could become one."""
-        if self._stopped:
-            return ""
-        text, self._held = self._held + text, ""
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self._stopped = True
-            return text[: min(found)]
-        longest = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        cut = len(text) - longest
-        self._held = text[cut:]
-        return text[:cut]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
 GUARD = "\ue0d5"  # a private-use character, which no tokenizer's markup contains
@@ -237,6 +266,22 @@ _SYSTEM = Message("system", "You are terse.\nAnswer in French.")
 _FIRST = (Message("user", "What is tea?"), Message("assistant", "A drink. Déjà vu: 日本 🙂"))
 _SECOND = (Message("user", "Two lines:\n\n  and spaces  "), Message("assistant", "One.\n\n* two\n* three"))
 _LAST = Message("user", "naïve café?\t")
+_PAST = (Message("user", "Hi"), Message("assistant", ANSWER))
+_TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+_CALL = ToolCall("call_1", "look_up", '{"word": "teapot"}')
+_TOOLS = (
+    Message("user", "What is in it?"),
+    Message("assistant", "", tool_calls=(_CALL,)),
+    Message("tool", "It is hot.", tool_call_id="call_1", name="look_up"),
+)
+MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # seen, even where a tokenizer calls them special
 PROBES: tuple[tuple[Message, ...], ...] = (
     (*_FIRST, _LAST),
     (_SYSTEM, *_FIRST, _LAST),

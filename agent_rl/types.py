@@ -51,7 +51,7 @@ class Grammar:
     """What an answer must look like, in the words of the engine protocol."""
 
     kind: str  # json_schema | structural_tag | regex
-    text: str  # a JSON schema, xgrammar's structural tag (`{"type": "structural_tag", "format": …}`), a regular expression
+    text: str  # a JSON schema, a structural tag as xgrammar has them, a regular expression
 
 
 @dataclass(frozen=True, slots=True)

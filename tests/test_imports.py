@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agent_rl.types": set(),
     "agent_rl.settings": set(),
     "agent_rl.objectives": set(),
-    "agent_rl.rendering": {"agent_rl.types"},
+    "agent_rl.rendering": {"agent_rl.types", "agent_rl.parsing", "agent_rl.dialects"},
+    "agent_rl.parsing": {"agent_rl.types", "agent_rl.dialects"},
+    "agent_rl.dialects": {"agent_rl.types"},
     "agent_rl.engine": {"agent_rl.types"},
     "agent_rl.models": {"agent_rl.types"},
     "agent_rl.hindsight": {"agent_rl.types"},
@@ -73,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server.cli": {"agent_rl", "server", "environments", "migrations"},
     "server": {
         f"agent_rl.{n}"
-        for n in ["types", "settings", "rendering", "engine", "experience", "exam", "release", "monitors"]
+        for n in ["types", "settings", "parsing", "rendering", "engine", "experience", "exam", "release", "monitors"]
     },
     "environments": {"agent_rl.types"},
     "migrations": {"agent_rl.types", "agent_rl.settings", "agent_rl.experience"},

@@ -118,39 +118,39 @@ def test_a_split_character_is_held_back(renderer: Renderer) -> None:
     parser = renderer.parser()
     ids = renderer.encode("🦀")  # no word of the tokenizer: three pieces of four bytes
     assert len(ids) == 3
-    assert [parser.push([token]) for token in ids] == ["", "", "🦀"]
+    assert [parser.push([token]).text for token in ids] == ["", "", "🦀"]
 
 
 def test_an_unfinished_character_comes_out_as_what_it_is(renderer: Renderer) -> None:
     parser = renderer.parser()
-    assert parser.push(renderer.encode("a🦀")[:-1]) == "a"
-    assert parser.finish() == "\ufffd"
+    assert parser.push(renderer.encode("a🦀")[:-1]).text == "a"
+    assert parser.finish().text == "\ufffd"
 
 
 def test_bytes_that_are_no_character_do_not_hold_the_answer_back_for_ever(renderer: Renderer) -> None:
     parser = renderer.parser()
     lead = renderer.encode("🦀")[0]
-    assert "\ufffd" in "".join(parser.push([lead]) for _ in range(12))
+    assert "\ufffd" in "".join(parser.push([lead]).text for _ in range(12))
 
 
 def test_end_markers_never_come_out_and_end_the_answer(renderer: Renderer) -> None:
     parser = renderer.parser()
-    assert parser.push([*renderer.encode("tea"), END, *renderer.encode("more")]) + parser.finish() == "tea"
+    assert parser.push([*renderer.encode("tea"), END, *renderer.encode("more")]).text + parser.finish().text == "tea"
     assert renderer.answer((*renderer.encode("tea"), END)) == Message("assistant", "tea")
 
 
 def test_the_start_of_a_stop_string_is_held_until_it_is_known(renderer: Renderer) -> None:
     parser = renderer.parser(["END"])
-    pieces = [parser.push(renderer.encode(text)) for text in ("a", "E", "N", "x", "E", "N", "D", "z")]
+    pieces = [parser.push(renderer.encode(text)).text for text in ("a", "E", "N", "x", "E", "N", "D", "z")]
     assert pieces == ["a", "", "", "ENx", "", "", "", ""]
     assert parser.stopped
-    assert parser.finish() == ""
+    assert parser.finish().text == ""
 
 
 def test_a_held_start_of_a_stop_string_is_text_in_the_end(renderer: Renderer) -> None:
     parser = renderer.parser(["END"])
-    assert parser.push(renderer.encode("aEN")) == "a"
-    assert parser.finish() == "EN"
+    assert parser.push(renderer.encode("aEN")).text == "a"
+    assert parser.finish().text == "EN"
     assert not parser.stopped
 
 
@@ -162,6 +162,6 @@ def test_a_held_start_of_a_stop_string_is_text_in_the_end(renderer: Renderer) ->
 def test_pieces_make_the_whole(renderer: Renderer, text: str, cuts: list[int]) -> None:
     ids, parser, out = list(renderer.encode(text)), renderer.parser(), ""
     for n in cuts:
-        out += parser.push(ids[:n])
+        out += parser.push(ids[:n]).text
         ids = ids[n:]
-    assert out + parser.push(ids) + parser.finish() == text
+    assert out + parser.push(ids).text + parser.finish().text == text
