@@ -239,6 +239,16 @@ async def test_standing_feedback_is_the_subjects_own_and_said_once(any_store: St
     assert keyed.standing == ("of the key",)
 
 
+async def test_one_name_in_two_tenants_of_a_shared_policy_is_two_subjects(any_store: Store, record: Recorded) -> None:
+    await any_store.ensure_tenant("other", "Other")
+    for turn_id, tenant_id, before in (("t1", "acme", ()), ("t2", "other", ()), ("t3", "acme", ("be short",))):
+        found = await evidence_after(any_store, record, turn_id, tenant_id=tenant_id)
+        assert found.standing == before
+        await lessons.settle(any_store, found, make_verdict(found), method=None, standing="be short")
+    async with any_store.read() as connection:
+        assert (await connection.execute(select(preferences.c.turn_id))).scalars().all() == ["t3"]
+
+
 async def test_what_is_taken_back_stands_no_more(any_store: Store, record: Recorded) -> None:
     await record(make_turn("t1"), make_feedback("f1", turn_id="t1", comment="be short"))
     await judged(any_store, standing="be short")
