@@ -50,6 +50,7 @@ class Reader:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._began = False  # something other than white space was said
+        self._skip = ""  # characters that are no text right here
         self._gap = ""  # white space before the call that is being read
         self._spilled = ""  # what looked like a call and was none
         self.stop_string: str | None = None
@@ -85,11 +86,15 @@ class Reader:
 
     def _say(self, last: bool) -> str:
         """Text up to whatever ends it: a stop string, a thought, a call."""
-        held = self._held
-        if self._dialect and not self._dialect.opening and not self._began and held.lstrip()[:1] == "{":
+        held = self._held = self._held.lstrip(self._skip) if self._skip else self._held
+        if not held:
+            return ""
+        bare = self._dialect is not None and not self._dialect.opening
+        if bare and (not self._began or self._skip) and held.lstrip()[:1] == "{":
             self._mode, self._call = "call", CallReader()
             return ""
-        openings = [o for o in (THINK if self._thinks and not self._began else "", self._opening()) if o]
+        at_start = not self._began and THINK.startswith(held.lstrip()[: len(THINK)])
+        openings = [o for o in (THINK if self._thinks and at_start else "", self._opening()) if o]
         marks = [(at, m) for m in (*self._stop, *openings) if (at := held.find(m)) >= 0]
         at, mark = min(marks, default=(len(held), ""))
         if mark:
@@ -104,6 +109,7 @@ class Reader:
             return shown
         keep = 0 if last else self._uncertain(held, (*self._stop, *openings))
         said, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        self._skip = ""
         if self._calls and not said.strip():
             return ""  # white space between calls
         self._began = self._began or bool(said.strip())
@@ -112,7 +118,7 @@ class Reader:
     def _think(self, last: bool) -> str:
         thought, found, rest = self._held.partition(THOUGHT)
         if found:
-            self._mode, self._held, self._began = "text", rest.lstrip("\n"), True
+            self._mode, self._held, self._began, self._skip = "text", rest, True, "\n"
             return thought
         keep = 0 if last else _overlap(self._held, (THOUGHT,))
         thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -128,7 +134,8 @@ class Reader:
         self._held = body[len(body) - keep :]
         if found or (last and not self._held) or (not closing and call.done):
             self._mode, self._call, self._began = "text", None, True
-            self._held = rest or call.rest.lstrip("; \n")
+            self._held = rest or call.rest
+            self._skip = "" if closing else "; \n"
             if call.name is None:
                 deltas += self._late(call, found, last)
         return deltas
