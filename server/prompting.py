@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from agent_rl.rendering import Renderer, RenderError
 from agent_rl.settings import GatewaySettings
-from agent_rl.types import Conversation, Grammar, Json
+from agent_rl.types import Conversation, Grammar
 from server.answering import Answering
 from server.auth import Caller
 from server.directory import Directory
@@ -21,7 +21,8 @@ class Prompter:
 
     async def prepare(self, answering: Answering, max_context: int) -> None:
         """Everything that sampling needs. Raises Refusal."""
-        conversation, caller = answering.conversation, answering.caller
+        conversation, caller = _offered(answering.conversation), answering.caller
+        answering.conversation = conversation
         policy = await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
         place = await self._sessions.place(conversation, caller.tenant, caller.api_key_id, policy.policy_id)
         try:
@@ -35,7 +36,7 @@ class Prompter:
         answering.conversation = replace(conversation, sampling=sampling)
         answering.policy = policy
         answering.parser = self._renderer.parser(
-            sampling.stop, tools=_offered(conversation), prompt_ids=answering.past + answering.prompt_ids
+            sampling.stop, tools=conversation.tools, prompt_ids=answering.past + answering.prompt_ids
         )
         answering.release = await self._directory.release(policy.policy_id, place.session_id)
 
@@ -44,7 +45,7 @@ class Prompter:
         or with the session's newest turn, what happens to be equal."""
         conversation, parent = answering.conversation, place.parent
         if parent and place.extends:
-            tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], _offered(conversation))
+            tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], conversation.tools)
             if tail is not None:
                 answering.past, answering.prompt_ids = parent.ids, tail
                 answering.place, answering.parent_id = place, parent.turn_id
@@ -63,16 +64,16 @@ class Prompter:
         """Length of the whole prompt, rendered anew. Raises Refusal."""
         await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
         try:
-            return len(self._rendered(conversation))
+            return len(self._rendered(_offered(conversation)))
         except RenderError as error:
             raise Refusal(400, str(error), code="invalid_value", param="messages") from error
 
     def _rendered(self, conversation: Conversation) -> tuple[int, ...]:
-        return self._renderer.render(conversation.messages, _offered(conversation))
+        return self._renderer.render(conversation.messages, conversation.tools)
 
     def _grammar(self, conversation: Conversation) -> Grammar | None:
         """What the answer must look like: the schema that was asked for, or calls of the tools that must be called."""
-        offered, choice, asked = _offered(conversation), conversation.tool_choice, conversation.sampling.grammar
+        offered, choice, asked = conversation.tools, conversation.tool_choice, conversation.sampling.grammar
         if asked and offered:
             complaint = "a response format and tools that may be called exclude each other; set tool_choice to 'none'"
             raise Refusal(400, complaint, code="unsupported_value", param="tool_choice")
@@ -99,6 +100,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _offered(conversation: Conversation) -> tuple[Json, ...]:
-    """The tools that the model sees."""
-    return () if conversation.tool_choice == "none" else conversation.tools
+def _offered(conversation: Conversation) -> Conversation:
+    """With the tools that the model sees: none where it may call none."""
+    return replace(conversation, tools=()) if conversation.tool_choice == "none" else conversation
