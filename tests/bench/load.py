@@ -54,16 +54,16 @@ async def run(target: Target, *, streams: int, requests: int, tokens: int, first
 
 
 async def ask(session: aiohttp.ClientSession, target: Target, n: int, tokens: int) -> Answered:
-    start, first, last, seen, tail = time.perf_counter(), 0.0, 0.0, 0, b""
+    """Tokens that arrive together may share an event; that none is missing is said by how the answer ends."""
+    start, first, last, tail = time.perf_counter(), 0.0, 0.0, b""
     async with session.post(target.url, json=numbered(target.body, n), headers=target.headers) as response:
         async for data in response.content.iter_any():
-            if got := len(CONTENT.findall(data)):
+            if CONTENT.search(data):
                 last = time.perf_counter()
                 first = first or last
-                seen += got
-            tail = (tail + data)[-300:]
-        if response.status != 200 or b"[DONE]" not in tail or seen < tokens:
-            raise RuntimeError(f"{target.name}: {response.status}, {seen} of {tokens} tokens, ends with {tail!r}")
+            tail = (tail + data)[-4000:]
+        if response.status != 200 or b"[DONE]" not in tail or b'length"' not in tail or not first:
+            raise RuntimeError(f"{target.name} gave no whole answer: {response.status}, ends with {tail[-300:]!r}")
     return Answered(first - start, (last - first) / (tokens - 1))
 
 
