@@ -291,7 +291,7 @@ def ratios(rows: list[Row]) -> list[str]:
     ours = {row.streams: row for row in rows if row.name == "agent-rl"}
     theirs = {row.streams: row for row in rows if row.name == "LiteLLM"}
     said = []
-    for n in ours.keys() & theirs.keys():
+    for n in sorted(ours.keys() & theirs.keys()):
         cheaper, faster = theirs[n].cpu_ms / ours[n].cpu_ms, ours[n].rate / theirs[n].rate
         said.append(
             f"- {n} streams: {cheaper:.1f} × LiteLLM's answers per core-second, {faster:.1f} × its answers per second"
