@@ -1,5 +1,5 @@
 """The body of `POST /v1/chat/completions` → Conversation. What cannot be honoured is refused by name, never ignored;
-fields that change nothing about the answer (`store`, `service_tier`, unknown ones) are accepted."""
+fields that change nothing about the answer (`service_tier`, `reasoning_effort`, unknown ones) are accepted."""
 
 from __future__ import annotations
 
@@ -7,33 +7,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent_rl.types import Conversation, Message, Sampling
-from server.refusal import Refusal, bad_field
-from server.wires.request import Body, boolean, integer, json_object, kind, number, string
+from agent_rl.types import Conversation, Grammar, Json, Message, Sampling, ToolCall
+from server.identity import Hints, identify
+from server.refusal import bad_field
+from server.wires.request import (
+    Body,
+    boolean,
+    function_tool,
+    integer,
+    items,
+    json_object,
+    kind,
+    mapping,
+    number,
+    schema_grammar,
+    stop_strings,
+    string,
+    text,
+)
 
-LONGEST_ID = 256
-MOST_STOPS = 16
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MOST_CHOICES = 16
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+UNREADABLE = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
 # field → the values that ask for nothing
 HARMLESS: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "logit_bias": ({},),
     "top_logprobs": (0,),
-    "n": (1,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
 }
+OLDER_FORMS = {"functions": "tools", "function_call": "tool_choice"}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     conversation: Conversation
+    n: int
     stream: bool
     include_usage: bool
     logprobs: bool
@@ -42,10 +53,7 @@ class ChatRequest:
 def parse(raw: bytes, headers: Mapping[str, str], default_max_tokens: int) -> ChatRequest:
     """Raises Refusal (400) that names the field."""
     body = json_object(raw)
-    for name, harmless in HARMLESS.items():
-        value = body.get(name)
-        if value is not None and value not in harmless:
-            raise bad_field(name, "this server does not support it; leave it out", "unsupported_value")
+    _refuse_unsupported(body)
     model = string(body, "model")
     if not model:
         raise bad_field("model", "is missing: name the model to answer", "missing_field")
@@ -53,24 +61,41 @@ def parse(raw: bytes, headers: Mapping[str, str], default_max_tokens: int) -> Ch
     logprobs = boolean(body, "logprobs") or False
     if logprobs and sampling.ratio_free:
         raise bad_field("logprobs", "greedy and penalised sampling have none; leave it out", "unsupported_value")
-    metadata = _object(body, "metadata")
-    session_id, rule = _session(headers, metadata)
+    hints = Hints(
+        prompt_cache_key=string(body, "prompt_cache_key"),
+        metadata=mapping(body, "metadata"),
+        user=string(body, "user"),
+        safety_identifier=string(body, "safety_identifier"),
+        store=boolean(body, "store"),
+    )
+    tools, choice = _tools(body)
+    parallel = boolean(body, "parallel_tool_calls")
     conversation = Conversation(
         policy=model,
-        messages=_messages(body.get("messages")),
+        messages=_messages(body),
         sampling=sampling,
-        session_id=session_id,
-        session_rule=rule,
-        end_user=string(body, "safety_identifier", LONGEST_ID) or string(body, "user", LONGEST_ID) or None,
-        train=_train(headers.get("x-train"), metadata.get("train")),
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=parallel is not False,
+        **identify(headers, raw, hints).fields(),
     )
-    options = _object(body, "stream_options")
     return ChatRequest(
         conversation=conversation,
+        n=integer(body, "n", 1, MOST_CHOICES) or 1,
         stream=boolean(body, "stream") or False,
-        include_usage=boolean(options, "include_usage") or False,
+        include_usage=boolean(mapping(body, "stream_options"), "include_usage") or False,
         logprobs=logprobs,
     )
+
+
+def _refuse_unsupported(body: Body) -> None:
+    for name, harmless in HARMLESS.items():
+        value = body.get(name)
+        if value is not None and value not in harmless:
+            raise bad_field(name, "this server does not support it; leave it out", "unsupported_value")
+    for name, newer in OLDER_FORMS.items():
+        if body.get(name):
+            raise bad_field(name, f"this server takes the newer form alone: use '{newer}'", "unsupported_value")
 
 
 def _sampling(body: Body, default_max_tokens: int) -> Sampling:
@@ -80,91 +105,135 @@ def _sampling(body: Body, default_max_tokens: int) -> Sampling:
         "top_p": number(body, "top_p", 1e-6, 1),
         "top_k": integer(body, "top_k", -1, 2**31 - 1),
         "min_p": number(body, "min_p", 0, 1),
-        "seed": integer(body, "seed", -(2**63), 2**63 - 1),
+        "seed": integer(body, "seed", -(2**63), 2**63 - MOST_CHOICES),
         "frequency_penalty": number(body, "frequency_penalty", -2, 2),
         "presence_penalty": number(body, "presence_penalty", -2, 2),
+        "grammar": _grammar(mapping(body, "response_format")),
     }
     known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Sampling(max_tokens=most or default_max_tokens, stop=_stop(body.get("stop")), **known)
+    return Sampling(max_tokens=most or default_max_tokens, stop=stop_strings(body.get("stop"), "stop"), **known)
 
 
-def _stop(value: object) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise bad_field("stop", "must be a string or a list of strings, none of them empty", "invalid_type")
-    if len(stops) > MOST_STOPS:
-        raise bad_field("stop", f"at most {MOST_STOPS} strings, not {len(stops)}")
-    return tuple(stops)
+def _grammar(response_format: Body) -> Grammar | None:
+    """A schema is held to, whether or not the client calls it strict."""
+    form = response_format.get("type", "text")
+    if form == "text":
+        return None
+    if form == "json_object":
+        return schema_grammar({"type": "object"}, "response_format")
+    if form == "json_schema":
+        wanted = mapping(response_format, "json_schema")
+        return schema_grammar(wanted.get("schema"), "response_format.json_schema.schema")
+    raise bad_field("response_format.type", f"must be text, json_object or json_schema, not {form!r:.80}")
 
 
-def _messages(value: object) -> tuple[Message, ...]:
-    if value is None:
+# ------------------------------------------------------------------------------------------------------- tools
+
+
+def _tools(body: Body) -> tuple[tuple[Json, ...], str]:
+    """The tools on offer, and what Conversation calls the choice."""
+    tools = {}
+    for where, item in items(body, "tools"):
+        if item.get("type") != "function":
+            complaint = f"only functions are supported, not {item.get('type')!r:.80}"
+            raise bad_field(f"{where}.type", complaint, "unsupported_value")
+        tool = function_tool(mapping(item, "function"), f"{where}.function", "parameters")
+        tools[item["function"]["name"]] = tool
+    choice = body.get("tool_choice") or "auto"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = mapping(choice, "allowed_tools")
+        names = [_named(item, tools) for _, item in items(allowed, "tools", "tool_choice.allowed_tools.")]
+        tools = {name: tools[name] for name in names}
+        choice = allowed.get("mode", "auto")
+    if isinstance(choice, dict):
+        return tuple(tools.values()), f"={_named(choice, tools)}"
+    if choice not in ("auto", "none", "required"):
+        raise bad_field("tool_choice", f"must be auto, none, required or name a tool, not {choice!r:.80}")
+    return tuple(tools.values()), choice
+
+
+def _named(choice: Body, tools: Mapping[str, Json]) -> str:
+    """Of `{"type": "function", "function": {"name": NAME}}`, where NAME is on offer."""
+    if choice.get("type") != "function":
+        raise bad_field(
+            "tool_choice", f"tools of type {choice.get('type')!r:.80} are not supported", "unsupported_value"
+        )
+    name = mapping(choice, "function").get("name")
+    if name not in tools:
+        raise bad_field("tool_choice", f"names the tool {name!r:.80}; tools here: {', '.join(tools) or 'none'}")
+    return str(name)
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+
+def _messages(body: Body) -> tuple[Message, ...]:
+    if body.get("messages") is None:
         raise bad_field("messages", "is missing", "missing_field")
-    if not isinstance(value, list):
-        raise bad_field("messages", f"must be a list, not {kind(value)}", "invalid_type")
-    if not value:
+    messages = tuple(_message(item, where) for where, item in items(body, "messages"))
+    if not messages:
         raise bad_field("messages", "must hold at least one message")
-    messages = tuple(_message(item, f"messages[{at}]") for at, item in enumerate(value))
     if messages[-1].role == "assistant":
         raise bad_field("messages", "the last message must not be the assistant's: there is nothing to answer")
     return messages
 
 
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise bad_field(where, f"must be an object, not {kind(item)}", "invalid_type")
+def _message(item: Body, where: str) -> Message:
     role = item.get("role")
-    if role in ("tool", "function") or item.get("tool_calls") or item.get("function_call"):
-        raise bad_field(where, "tool calls and their results are not supported", "unsupported_value")
     if not isinstance(role, str) or role not in ROLES:
-        raise bad_field(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r}")
+        raise bad_field(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r:.80}")
     name = item.get("name")
     if name is not None and not isinstance(name, str):
         raise bad_field(f"{where}.name", f"must be a string, not {kind(name)}", "invalid_type")
-    return Message(ROLES[role], _content(item.get("content"), f"{where}.content"), name=name)
+    if role == "assistant":
+        return _assistant(item, where, name)
+    content = _content(item.get("content"), f"{where}.content")
+    call_id = text(item, "tool_call_id", where) if role == "tool" else None
+    return Message(ROLES[role], content, name=name, tool_call_id=call_id)
+
+
+def _assistant(item: Body, where: str, name: str | None) -> Message:
+    for field in ("function_call", "audio"):
+        if item.get(field):
+            raise bad_field(f"{where}.{field}", "is not supported", "unsupported_value")
+    calls = tuple(_call(call, path) for path, call in items(item, "tool_calls", f"{where}."))
+    content = item.get("content")
+    if content is None:
+        content = item.get("refusal")
+    if content is None and calls:
+        content = ""
+    reasoning = item.get("reasoning_content", item.get("reasoning"))
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise bad_field(f"{where}.reasoning_content", f"must be a string, not {kind(reasoning)}", "invalid_type")
+    text_of_it = _content(content, f"{where}.content")
+    return Message("assistant", text_of_it, name=name, tool_calls=calls, reasoning=reasoning or None)
+
+
+def _call(item: Body, where: str) -> ToolCall:
+    if item.get("type", "function") != "function":
+        raise bad_field(f"{where}.type", f"must be function, not {item['type']!r:.80}", "unsupported_value")
+    function = mapping(item, "function")
+    return ToolCall(
+        text(item, "id", where),
+        text(function, "name", f"{where}.function"),
+        text(function, "arguments", f"{where}.function"),
+    )
 
 
 def _content(value: object, where: str) -> str:
-    """A string, or a list of text parts put together."""
+    """A string, or a list of parts that are text, put together."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise bad_field(where, f"must be a string or a list of text parts, not {kind(value)}", "invalid_type")
-    texts = []
-    for at, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise bad_field(f"{where}[{at}]", "must be an object with a type", "invalid_type")
-        if part["type"] != "text":
-            raise bad_field(f"{where}[{at}]", f"parts of type {part['type']!r} are not supported", "unsupported_value")
-        if not isinstance(part.get("text"), str):
-            raise bad_field(f"{where}[{at}].text", f"must be a string, not {kind(part.get('text'))}", "invalid_type")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(_part(part, f"{where}[{at}]") for at, part in enumerate(value))
 
 
-def _object(body: Body, name: str) -> dict[str, Any]:
-    value = body.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise bad_field(name, f"must be an object, not {kind(value)}", "invalid_type")
-    return value or {}
-
-
-def _session(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(the client's own session id, the rule that found it); (None, None) if it sent none."""
-    own, rule = headers.get("x-session-id"), "x-session-id"
-    if not own:
-        own, rule = string(metadata, "session_id", LONGEST_ID), "metadata.session_id"
-    if not own:
-        return None, None
-    if len(own) > LONGEST_ID or not (own.isascii() and own.isprintable()):  # it comes back in a header
-        raise Refusal(400, f"{rule}: at most {LONGEST_ID} printable ASCII characters, not {own!r:.80}", param=rule)
-    return own, rule
-
-
-def _train(header: str | None, field: object) -> bool | None:
-    """False if either says so: an explicit no always wins; None if neither speaks."""
-    said = [str(value).strip().lower() for value in (header, field) if value is not None]
-    for value in said:
-        if value not in ("true", "false"):
-            raise Refusal(400, f"x-train and metadata.train are true or false, not {value!r}", param="x-train")
-    return None if not said else "false" not in said
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise bad_field(where, "must be an object with a type", "invalid_type")
+    if part["type"] in UNREADABLE:
+        raise bad_field(where, f"this model reads no {UNREADABLE[part['type']]}", "unsupported_value")
+    if part["type"] not in ("text", "refusal"):
+        raise bad_field(where, f"parts of type {part['type']!r:.80} are not supported", "unsupported_value")
+    return text(part, part["type"], where)

@@ -7,8 +7,11 @@ from typing import Any
 
 import orjson
 
+from agent_rl.types import Grammar, Json
 from server.refusal import Refusal, bad_field
 
+LONGEST_NAME = 128  # of a tool
+MOST_STOPS = 16
 Body = Mapping[str, Any]
 
 
@@ -62,6 +65,64 @@ def string(body: Body, name: str, longest: int | None = None) -> str | None:
     if longest is not None and len(value) > longest:
         raise bad_field(name, f"must have at most {longest} characters, not {len(value)}")
     return value
+
+
+def mapping(body: Body, name: str) -> dict[str, Any]:
+    """An object; an empty one where the field is absent or null."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise bad_field(name, f"must be an object, not {kind(value)}", "invalid_type")
+    return value or {}
+
+
+def items(body: Body, name: str, where: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(its path, the object) for each object of a list; none where the field is absent or null."""
+    path, value = f"{where}{name}", body.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise bad_field(path, f"must be a list, not {kind(value)}", "invalid_type")
+    for at, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise bad_field(f"{path}[{at}]", f"must be an object, not {kind(item)}", "invalid_type")
+    return [(f"{path}[{at}]", item) for at, item in enumerate(value)]
+
+
+def text(item: Body, name: str, where: str) -> str:
+    """A string that must be there; `where` is the path of `item`."""
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise bad_field(f"{where}.{name}", f"must be a string, not {kind(value)}", "invalid_type")
+    return value
+
+
+def stop_strings(value: object, name: str) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise bad_field(name, "must be a string or a list of strings, none of them empty", "invalid_type")
+    if len(stops) > MOST_STOPS:
+        raise bad_field(name, f"at most {MOST_STOPS} strings, not {len(stops)}")
+    return tuple(stops)
+
+
+def function_tool(item: Body, where: str, parameters: str) -> Json:
+    """A tool as Conversations have it, from a function's `name`, `description` and JSON schema, which the wire calls
+    `parameters`. So the same tool gives the same prompt over any wire."""
+    name, description, schema = item.get("name"), item.get("description"), item.get(parameters)
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+        raise bad_field(f"{where}.name", f"must be a string of 1 to {LONGEST_NAME} characters, not {name!r:.80}")
+    if description is not None and not isinstance(description, str):
+        raise bad_field(f"{where}.description", f"must be a string, not {kind(description)}", "invalid_type")
+    if schema is not None and not isinstance(schema, dict):
+        raise bad_field(f"{where}.{parameters}", f"must be a JSON schema, not {kind(schema)}", "invalid_type")
+    said = {} if description is None else {"description": description}
+    return {"type": "function", "function": {"name": name, **said, "parameters": schema or {"type": "object"}}}
+
+
+def schema_grammar(schema: object, where: str) -> Grammar:
+    if not isinstance(schema, dict):
+        raise bad_field(where, f"must be a JSON schema, not {kind(schema)}", "invalid_type")
+    return Grammar("json_schema", orjson.dumps(schema).decode())
 
 
 def kind(value: object) -> str:
