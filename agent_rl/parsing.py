@@ -178,4 +178,11 @@ class Reader:
 
 def _overlap(text: str, marks: Sequence[str]) -> int:
     """Length of the longest ending of `text` with which one of `marks` begins."""
-    return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+    longest = 0
+    for mark in marks:
+        at = text.find(mark[0], max(0, len(text) - len(mark) + 1)) if mark else -1
+        while at >= 0 and len(text) - at > longest:
+            if mark.startswith(text[at:]):
+                longest = len(text) - at
+            at = text.find(mark[0], at + 1)
+    return longest
