@@ -89,7 +89,7 @@ class Prompter:
         if prompt_tokens > limit:
             raise Refusal(
                 400,
-                f"the prompt is {prompt_tokens} tokens long; the limit is {limit} (a context of {max_context})",
+                f"the prompt is too long: {prompt_tokens} tokens > {limit}, the limit here (context: {max_context})",
                 code="context_length_exceeded",
                 param="messages",
             )
