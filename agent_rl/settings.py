@@ -54,6 +54,16 @@ class GatewaySettings(Section):
     """Conversations whose token ids the gateway keeps, newest first; older ones come from Redis or SQL."""
     head_ttl_s: float = Field(3600.0, gt=0)
     """Life of a conversation's head in Redis."""
+    outbox_ttl_s: float = Field(900.0, gt=0)
+    """How long after its last sign of life an agent's socket can be resumed (`/v1/agent`)."""
+    outbox_grace_s: float = Field(60.0, gt=0)
+    """How long answers go on for an agent whose socket has dropped."""
+    body_timeout_s: float = Field(60.0, gt=0)
+    """Longest time the body of a request may take to arrive; a slower one is answered 408."""
+    stall_timeout_s: float = Field(60.0, gt=0)
+    """A client that sends half a header or reads nothing of its answer for so long is cut off."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages (scheme://host:port) that may call this server; none by default, and no `*`."""
 
 
 class EngineSettings(Section):

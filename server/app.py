@@ -12,25 +12,29 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from agent_rl.engine import Engine
 from agent_rl.experience.journal import open_journal
+from agent_rl.experience.outbox import Outbox
 from agent_rl.experience.shipper import Shipper
 from agent_rl.experience.store import Store
 from agent_rl.experience.stream import Stream
 from agent_rl.rendering import Renderer
 from agent_rl.settings import Settings
 from server import catalog, feedback, health
-from server.auth import LOOPBACK, Door, LoopbackOnly
+from server.auth import LOOPBACK, Door
 from server.core import Core
 from server.directory import Directory
+from server.edge import Edge, LoopbackOnly
 from server.metrics import Metrics
-from server.refusal import Refusal, openai_error
+from server.refusal import Refusal, error_response
 from server.sessions import Sessions
-from server.wires import WIRES
+from server.wires import WIRES, socket
+from server.wires.socket_calls import Calls
 
 log = logging.getLogger("agent_rl.gateway")
 
@@ -50,19 +54,27 @@ def create_app(settings: Settings) -> FastAPI:
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
         metrics.refused(refusal.status)
-        return openai_error(refusal)
+        return error_response(request.url.path, refusal)
 
     @app.exception_handler(HTTPException)
     async def not_here(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return openai_error(Refusal(error.status_code, message, code="not_found"))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code=code)
+        answer = error_response(request.url.path, refusal)
+        answer.headers.update(error.headers or {})  # what 405 allows
+        return answer
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return openai_error(Refusal(500, "internal error; the gateway's log has it", code="internal"))
+        refusal = Refusal(500, "internal error; the gateway's log has it", code="internal")
+        return error_response(request.url.path, refusal)
 
-    if settings.gateway.host in LOOPBACK:
-        app.add_middleware(LoopbackOnly)
+    gateway = settings.gateway
+    app.add_middleware(Edge, body_timeout_s=gateway.body_timeout_s)
+    if gateway.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=gateway.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    if gateway.host in LOOPBACK:
+        app.add_middleware(LoopbackOnly, origins=gateway.cors_origins)
     return app
 
 
@@ -95,7 +107,15 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
     )
     stack.push_async_callback(core.close)
     door = Door(directory, gateway)
+    outbox = Outbox(
+        settings.redis_url, settings.store.stream, ttl_s=gateway.outbox_ttl_s, grace_s=gateway.outbox_grace_s
+    )
+    stack.push_async_callback(outbox.close)
+    calls = Calls(outbox)
+    await stack.enter_async_context(_running(calls.run()))
+    stack.push_async_callback(calls.close)
     return [
+        *socket.routes(door, calls, outbox, gateway),
         *(route for wire in WIRES.values() for route in wire(core, door, gateway)),
         *feedback.routes(core, door),
         *catalog.routes(directory, store, door),

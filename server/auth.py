@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import HTTPConnection, Request
 
 from agent_rl.experience.store import Tenant
 from agent_rl.settings import GatewaySettings
 from server.directory import Directory
-from server.refusal import Refusal, openai_error
+from server.refusal import Refusal
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 LOCAL_TENANT = "default"
@@ -31,7 +29,7 @@ class Door:
 
     async def caller(self, request: Request, scope: str) -> Caller:
         """Raises Refusal: 401 without a good key, 403 where the key lacks `scope`."""
-        secret = _secret(request)
+        secret = secret_of(request)
         if secret is None and not self._settings.require_key and self._settings.host in LOOPBACK:
             return Caller(await self._directory.tenant(LOCAL_TENANT), None, ALL_SCOPES)
         if secret is None:
@@ -61,31 +59,8 @@ class Door:
         return b"".join(parts)
 
 
-class LoopbackOnly:
-    """Refuses what a web page elsewhere could send to a server on loopback (DNS rebinding)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = dict(scope["headers"])
-            host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
-            if _hostname(f"//{host}") not in LOOPBACK or (origin and _hostname(origin) not in LOOPBACK):
-                refusal = Refusal(403, "this server answers on loopback only: Host and Origin must be localhost")
-                await openai_error(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _hostname(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
-
-
-def _secret(request: Request) -> str | None:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+def secret_of(connection: HTTPConnection) -> str | None:
+    """The API key that a request or a handshake came with."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    return bearer or request.headers.get("x-api-key") or None
+    return bearer or connection.headers.get("x-api-key") or None

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from agent_rl.settings import Settings, SettingsError, explain, load
 from server.launch import LaunchError, read_settings
+from server.redaction import Redacting
 
 app = typer.Typer(
     help="An online learning server for live agents.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -122,6 +123,28 @@ def chat(home: Home = None, policy: Annotated[str, typer.Option(help="Which poli
     from server import chat as terminal
 
     terminal.run(read_settings(run_file(home)), policy, console)
+
+
+@app.command()
+def connect(
+    url: Annotated[str, typer.Option(help="The server: wss://HOST or https://HOST.")],
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key; none where the server needs none.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Loopback address of the local endpoint.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the local endpoint.")] = 8800,
+) -> None:
+    """An endpoint on this machine that speaks through one socket with a server elsewhere."""
+    from server import connect as tunnel
+
+    logging.basicConfig(level="INFO", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        raise LaunchError(f"--host {host} is not loopback: whoever reaches the local endpoint speaks with your key")
+    key = None if key_file is None else key_file.read_text().strip()
+    say(f"http://{host}:{port}/v1 goes to {url}; Ctrl-C stops it")
+    asyncio.run(tunnel.run(url, key, host, port))
 
 
 def run_file(home: Path | None) -> Path:
@@ -270,10 +293,10 @@ def role(name: str, settings: SettingsFile) -> None:
     chosen = read_settings(settings)
     logging.basicConfig(
         level="WARNING",
-        format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
-        datefmt="%H:%M:%S",
     )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.getLogger("agent_rl").setLevel(chosen.log_level.upper())
     try:
         asyncio.run(run_loop(name, chosen)) if name in LOOPS else run_app(name, chosen)
@@ -286,9 +309,20 @@ def run_app(name: str, settings: Settings) -> None:
     """Serve a FastAPI app until SIGTERM; running answers get a few seconds to end."""
     import uvicorn
 
-    engine = settings.engine
+    engine, gateway = settings.engine, settings.gateway
+    limits: dict[str, Any] = {"http": "httptools"}
+    if name == "gateway":
+        from server.http_protocol import patient
+        from server.wires.socket import frame_limit
+
+        limits = {
+            "http": patient(gateway.stall_timeout_s, gateway.body_timeout_s),
+            "ws_max_size": frame_limit(gateway),
+            "limit_concurrency": 16 * gateway.max_concurrency,  # connections; one more gets 503
+            "timeout_keep_alive": 30,
+        }
     module = "server.app" if name == "gateway" else f"server.engines.{ENGINES[engine.kind]}"
-    host, port = (settings.gateway.host, settings.gateway.port) if name == "gateway" else ("127.0.0.1", engine.port)
+    host, port = (gateway.host, gateway.port) if name == "gateway" else ("127.0.0.1", engine.port)
     config = uvicorn.Config(
         import_module(module).create_app(settings),
         host=host,
@@ -296,9 +330,9 @@ def run_app(name: str, settings: Settings) -> None:
         log_config=None,
         access_log=False,
         loop="uvloop",
-        http="httptools",
         server_header=False,
         timeout_graceful_shutdown=8,
+        **limits,
     )
     uvicorn.Server(config).run()
 

@@ -87,6 +87,15 @@ async def running_gateway(
             await recording
 
 
+@asynccontextmanager
+async def second_gateway(first: Gateway, home: Path) -> AsyncIterator[str]:
+    """The URL of another with the same engine, Redis and database, and a journal of its own."""
+    store = first.settings.store.model_copy(update={"database": first.settings.database_url})
+    home.mkdir()
+    async with serving(app.create_app(first.settings.model_copy(update={"home": home, "store": store}))) as url:
+        yield url
+
+
 async def _prepared(settings: Settings) -> tuple[Store, Policy]:
     await migrate(settings.database_url)
     store = await Store.open(settings.database_url)

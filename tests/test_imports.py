@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # library → the files and folders that may import it
 DOORS: dict[str, list[str]] = {
-    "redis": ["agent_rl/experience/stream.py"],
+    "redis": ["agent_rl/experience/stream.py", "agent_rl/experience/outbox.py"],
     "sqlalchemy": ["agent_rl/experience/", "migrations/"],
     "alembic": ["agent_rl/experience/", "migrations/"],
     "aiohttp": ["agent_rl/engine.py"],
@@ -115,6 +115,7 @@ DOORS: dict[str, list[str]] = {
     "openai": ["server/demo/", "server/chat.py"],
     "matplotlib": ["server/demo/report.py"],
     "typer": ["server/cli.py"],
+    "websockets": ["server/connect.py"],
 }
 
 

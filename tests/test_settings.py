@@ -25,6 +25,11 @@ gateway.adapter_wait_s
 gateway.cache_s
 gateway.heads_in_memory
 gateway.head_ttl_s
+gateway.outbox_ttl_s
+gateway.outbox_grace_s
+gateway.body_timeout_s
+gateway.stall_timeout_s
+gateway.cors_origins
 engine.url
 engine.admin_key
 engine.kind

@@ -1,4 +1,4 @@
-"""Redis: the stream from gateways to the recorder, and the heads of running conversations. The one door to redis.
+"""Redis: the stream from gateways to the recorder, and the heads of running conversations.
 
 Redis may lose everything and nothing is lost: the journal sends again what SQL does not have. Each journal's last
 sent seq is written in the same MULTI as the entries, so that whoever sends next sees whether Redis still has them.
@@ -94,7 +94,7 @@ class Stream:
         `after`: the seq that this journal sent last. Raises StreamForgot, having sent nothing, if Redis lost it.
         """
         journal_id = arrivals[0][0].journal_id
-        async with _boundary(), self._redis.pipeline(transaction=True) as pipe:
+        async with boundary(), self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(f"{self._name}:sent:{journal_id}")  # a Redis that goes away from here on fails the MULTI
             sent = _int(await pipe.get(f"{self._name}:sent:{journal_id}"))
             if after is not None and sent != after:
@@ -124,7 +124,7 @@ class Stream:
         ambiguous, eight at most."""
         if not chains:
             return []
-        async with _boundary():
+        async with boundary():
             async with self._redis.pipeline(transaction=False) as pipe:
                 for chain in chains:
                     pipe.zrange(f"{self._name}:chain:{scope}:{chain}", 0, -1, desc=True)
@@ -138,7 +138,7 @@ class Stream:
 
     async def progress(self, journal_id: str) -> tuple[int | None, int | None]:
         """(last seq sent, watermark) of a journal as Redis knows them; None where it does not."""
-        async with _boundary(), self._redis.pipeline(transaction=False) as pipe:
+        async with boundary(), self._redis.pipeline(transaction=False) as pipe:
             pipe.get(f"{self._name}:sent:{journal_id}")
             pipe.hget(f"{self._name}:watermarks", journal_id)
             sent, watermark = await pipe.execute()
@@ -151,7 +151,7 @@ class Stream:
         Entries that belong to no journal go to the dead-letter stream with their error.
         """
         entries: list[tuple[bytes | None, dict[bytes, bytes] | None]]
-        async with _boundary():
+        async with boundary():
             try:
                 entries = (await self._claim(n)) or (await self._read(n, block_s))
             except ResponseError as error:
@@ -171,7 +171,7 @@ class Stream:
 
     async def acknowledge(self, entry_ids: Sequence[str], watermarks: dict[str, int]) -> None:
         """Acknowledge, delete, and publish the watermarks, in one MULTI."""
-        async with _boundary(), self._redis.pipeline(transaction=True) as pipe:
+        async with boundary(), self._redis.pipeline(transaction=True) as pipe:
             if entry_ids:
                 pipe.xack(self._name, GROUP, *entry_ids)
                 pipe.xdel(self._name, *entry_ids)
@@ -198,7 +198,7 @@ class Stream:
                 raise
 
     async def _bury(self, entry_id: bytes, fields: dict[bytes, bytes], error: str) -> None:
-        async with _boundary(), self._redis.pipeline(transaction=True) as pipe:
+        async with boundary(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xadd(f"{self._name}:dead", {**fields, b"error": error})  # type: ignore[dict-item]
             pipe.xack(self._name, GROUP, entry_id)
             pipe.xdel(self._name, entry_id)
@@ -206,7 +206,7 @@ class Stream:
 
 
 @asynccontextmanager
-async def _boundary() -> AsyncIterator[None]:
+async def boundary() -> AsyncIterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
