@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,24 +33,31 @@ TEXTS = [
 ]
 
 
-def make_model(folder: Path, *, seed: int = 0, template: str = CHATML, vocab: int = 512) -> Path:
-    """Write a Llama-shaped model (hidden 64, 2 layers, 4 heads, 2 KV heads) and its tokenizer to `folder`."""
+def make_model(
+    folder: Path,
+    *,
+    seed: int = 0,
+    template: str = CHATML,
+    vocab: int = 512,
+    specials: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+) -> Path:
+    """Write a Llama-shaped model (hidden 64, 2 layers, 4 heads, 2 KV heads) and its tokenizer to `folder`. The second
+    special token begins, the third ends a message."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
+        bos_token=specials[1],
+        eos_token=specials[2],
+        pad_token=specials[2],
+        unk_token=specials[0],
     )
     fast.chat_template = template
     fast.save_pretrained(folder)
