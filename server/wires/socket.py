@@ -45,7 +45,7 @@ from server.wires.socket_call import failed_end, parse_call
 from server.wires.socket_calls import Calls
 
 FIRST_FRAME_S = 10.0
-READ_S = 2.0  # how long the outbox is listened to before the connection is touched
+READ_S = 1.0  # how long the outbox is listened to before the connection is touched
 CHECK_S = 5.0  # how often its key is checked
 IDLE_S = 900.0  # without any frame from the client
 POLICY_VIOLATION, TOO_BIG, TRY_AGAIN = 1008, 1009, 1013
