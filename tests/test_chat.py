@@ -193,6 +193,10 @@ async def test_an_engine_that_gives_up_in_the_middle(gateway: Gateway) -> None:
     assert (turn.finish, turn.no_lesson, len(turn.response_ids)) == (Finish.ERROR, "error", 2)
 
 
+def user(**message: Any) -> dict[str, Any]:
+    return {"model": "default", "messages": [{"role": "user", "content": "3", **message}]}
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": MESSAGES}, "model", "is missing"),
@@ -203,16 +207,31 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "default", "messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "not 'king'"),
     ({"model": "default", "messages": [{"role": "user"}]}, "messages[0].content", "not null"),
     ({"model": "default", "messages": [{"role": "user", "content": 3}]}, "messages[0].content", "not an integer"),
-    ({"model": "default", "messages": [{"role": "tool", "content": "3"}]}, "messages[0]", "not supported"),
+    (user(role="tool"), "messages[0].tool_call_id", "must be a string, not null"),
+    (user(role="function", name="x"), "messages[0].role", "not 'function'"),
+    (user(role="assistant", tool_calls=[{"id": "c", "type": "custom"}]), "messages[0].tool_calls[0].type", "'custom'"),
+    (user(role="assistant", tool_calls=[{"id": "c"}]), "messages[0].tool_calls[0].function.name", "not null"),
+    (user(role="assistant", audio={"id": "a"}), "messages[0].audio", "not supported"),
     ({"model": "default", "messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "messages", "assistant's"),
     (
         {"model": "default", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0]",
-        "'image_url' are not supported",
+        "this model reads no images",
     ),
-    (body(n=2), "n", "does not support"),
-    (body(tools=[{"type": "function"}]), "tools", "does not support"),
-    (body(response_format={"type": "json_object"}), "response_format", "does not support"),
+    (user(content=[{"type": "input_audio"}]), "messages[0].content[0]", "this model reads no audio"),
+    (user(content=[{"type": "file"}]), "messages[0].content[0]", "this model reads no files"),
+    (user(content=[{"type": "text"}]), "messages[0].content[0].text", "not null"),
+    (body(n=17), "n", "between 1 and 16"),
+    (body(tools=[{"type": "function"}]), "tools[0].function.name", "1 to 128 characters, not None"),
+    (body(tools=[{"type": "custom", "custom": {"name": "x"}}]), "tools[0].type", "not 'custom'"),
+    (body(tools={}), "tools", "must be a list, not an object"),
+    (body(tool_choice="often"), "tool_choice", "not 'often'"),
+    (body(tool_choice="required"), "tool_choice", "needs tools"),
+    (body(tool_choice={"type": "function", "function": {"name": "x"}}), "tool_choice", "tools here: none"),
+    (body(functions=[{"name": "x"}]), "functions", "use 'tools'"),
+    (body(response_format={"type": "xml"}), "response_format.type", "not 'xml'"),
+    (body(response_format={"type": "json_schema"}), "response_format.json_schema.schema", "not null"),
+    (body(response_format="json"), "response_format", "must be an object, not a string"),
     (body(logit_bias={"1": 2}), "logit_bias", "does not support"),
     (body(top_logprobs=2), "top_logprobs", "does not support"),
     (body(logprobs=True, temperature=0), "logprobs", "greedy"),

@@ -25,7 +25,7 @@ CALLS = (
 SCRIPT = {
     "token_s": 0.001,
     "rules": [
-        {"user": "A hot drink", "text": "Tea is a hot drink, from a cup."},
+        {"user": "A hot drink|In short", "text": "Tea is a hot drink, from a cup."},
         {"user": "look tea up", "text": CALLS},
         {"user": "bad call", "text": '<tool_call>\n{"name": "look_up", "arguments": {"word": tea}}\n</tool_call>'},
         {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
@@ -65,12 +65,16 @@ def body(text: str = "What is tea?", **more: Any) -> dict[str, Any]:
     return {"model": "default", "max_tokens": 200, "messages": [{"role": "user", "content": text}], **more}
 
 
+def said(message: anthropic.types.Message) -> list[str]:
+    return [block.text for block in message.content if block.type == "text"]
+
+
 # ------------------------------------------------------------------------------------------------------- answers
 
 
 async def test_a_whole_answer(gateway: Gateway, claude: anthropic.AsyncAnthropic) -> None:
     raw = await claude.messages.with_raw_response.create(**body())
-    answer, turn_id = raw.parse(), raw.headers["x-turn-id"]
+    answer, turn_id = await raw.parse(), raw.headers["x-turn-id"]
     assert (answer.id, answer.role, answer.model) == (f"msg_{turn_id}", "assistant", "default")
     assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": "A hot drink. 日本 🦀"}]
     assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
@@ -96,7 +100,7 @@ async def test_a_stream_in_named_events(claude: anthropic.AsyncAnthropic) -> Non
     async with claude.messages.stream(**body()) as accumulated:
         message = await accumulated.get_final_message()
     whole = await claude.messages.create(**body())
-    assert (message.content, message.stop_reason) == (whole.content, "end_turn")
+    assert (said(message), message.stop_reason) == (said(whole), "end_turn")
     assert message.usage.output_tokens == whole.usage.output_tokens
 
 
@@ -116,7 +120,7 @@ async def test_calls_and_their_results(gateway: Gateway, claude: anthropic.Async
     ]
     asked["messages"] += [{"role": "assistant", "content": first.content}, {"role": "user", "content": results}]
     raw = await claude.messages.with_raw_response.create(**asked)
-    assert [block.to_dict() for block in raw.parse().content] == [
+    assert [block.to_dict() for block in (await raw.parse()).content] == [
         {"type": "text", "text": "Tea is a hot drink, from a cup."}
     ]
     second = await gateway.transcript(raw.headers["x-turn-id"])
@@ -136,27 +140,30 @@ async def test_a_whole_answer_with_calls_is_the_streamed_one(claude: anthropic.A
     assert answer.stop_reason == "tool_use"
 
 
-async def test_thoughts_come_back_and_are_the_models_own(gateway: Gateway, claude: anthropic.AsyncAnthropic) -> None:
+async def test_thoughts_have_a_block(claude: anthropic.AsyncAnthropic) -> None:
     asked = body("think of tea", thinking={"type": "enabled", "budget_tokens": 1024})
     async with claude.messages.stream(**asked) as stream:
-        first = await stream.get_final_message()
-        first_turn = stream.response.headers["x-turn-id"]
-    whole = await claude.messages.create(**asked)
-    for answer in (first, whole):
-        assert [block.type for block in answer.content] == ["thinking", "text"]
-        thought = answer.content[0]
-        assert thought.type == "thinking"
-        assert (thought.thinking.strip(), bool(thought.signature)) == ("Tea is wet.", True)
+        streamed = await stream.get_final_message()
+    for answer in (streamed, await claude.messages.create(**asked)):
+        thought, text = answer.content
+        assert (thought.type, text.type) == ("thinking", "text")
+        assert (thought.thinking.strip(), text.text) == ("Tea is wet.", "It is wet.")
+        assert thought.signature
         assert answer.usage.output_tokens_details is not None
         assert 0 < answer.usage.output_tokens_details.thinking_tokens < answer.usage.output_tokens
-    asked["messages"] += [{"role": "assistant", "content": first.content}, {"role": "user", "content": "Sure?"}]
-    raw = await claude.messages.with_raw_response.create(**asked, extra_headers={"x-session-id": "s"})
-    assert raw.headers["x-session-rule"] == "x-session-id"
-    raw = await claude.messages.with_raw_response.create(**asked)
-    turn = (await gateway.transcript(raw.headers["x-turn-id"])).turn
-    assert turn.parent_id is not None
-    assert turn.fork_reason in (None, "ambiguous")
-    assert first_turn != raw.headers["x-turn-id"]
+
+
+@pytest.mark.parametrize(("kept", "reason"), [(True, None), (False, "thinking_stripped")])
+async def test_thoughts_sent_back_are_the_models_own(
+    gateway: Gateway, claude: anthropic.AsyncAnthropic, kept: bool, reason: str | None
+) -> None:
+    asked = body("think of tea")
+    first = await claude.messages.with_raw_response.create(**asked)
+    blocks = (await first.parse()).content[0 if kept else 1 :]
+    asked["messages"] += [{"role": "assistant", "content": blocks}, {"role": "user", "content": "Sure?"}]
+    second = await claude.messages.with_raw_response.create(**asked)
+    turn = (await gateway.transcript(second.headers["x-turn-id"])).turn
+    assert (turn.parent_id, turn.fork_reason) == (first.headers["x-turn-id"], reason)
 
 
 async def test_a_stop_sequence_is_named(claude: anthropic.AsyncAnthropic) -> None:
@@ -164,7 +171,7 @@ async def test_a_stop_sequence_is_named(claude: anthropic.AsyncAnthropic) -> Non
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "STOP")
     async with claude.messages.stream(**body("stop early", stop_sequences=["STOP"])) as stream:
         streamed = await stream.get_final_message()
-    assert (streamed.content, streamed.stop_sequence) == (answer.content, "STOP")
+    assert (said(streamed), said(answer), streamed.stop_sequence) == (["Yes. "], ["Yes. "], "STOP")
 
 
 async def test_an_answer_cut_by_its_length(claude: anthropic.AsyncAnthropic) -> None:
