@@ -245,8 +245,7 @@ async def test_one_name_in_two_tenants_of_a_shared_policy_is_two_subjects(any_st
         found = await evidence_after(any_store, record, turn_id, tenant_id=tenant_id)
         assert found.standing == before
         await lessons.settle(any_store, found, make_verdict(found), method=None, standing="be short")
-    async with any_store.read() as connection:
-        assert (await connection.execute(select(preferences.c.turn_id))).scalars().all() == ["t3"]
+    assert (await evidence_after(any_store, record, "t4", tenant_id="other")).standing == ("be short",)
 
 
 async def test_what_is_taken_back_stands_no_more(any_store: Store, record: Recorded) -> None:

@@ -54,5 +54,5 @@ async def test_two_processes_may_migrate_at_once(any_database_url: str) -> None:
 
 
 async def test_a_database_that_is_not_migrated_is_refused_with_what_to_do(any_database_url: str) -> None:
-    with pytest.raises(RuntimeError, match="has schema revision None, this version needs 0001: run `agent-rl serve`"):
+    with pytest.raises(RuntimeError, match="has schema revision None, this version needs 0002: run `agent-rl serve`"):
         await Store.open(any_database_url)

@@ -177,9 +177,8 @@ async def _set_standing(connection: AsyncConnection, turn: Turn, standing: str |
         "created_at": now,
     }
     again = insert(connection, preferences).on_conflict_do_update(
-        index_elements=["policy_id", "subject", "text"],
+        index_elements=["policy_id", "tenant_id", "subject", "text"],
         set_={"turn_id": turn.turn_id, "retracted_at": None},
-        where=preferences.c.tenant_id == turn.tenant_id,  # another tenant's stays as it is
     )
     await connection.execute(again, row)
 

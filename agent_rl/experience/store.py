@@ -11,10 +11,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from uuid import uuid4
 
-from sqlalchemy import select
+from sqlalchemy import RowMapping, or_, select
 from sqlalchemy.exc import SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -36,6 +36,12 @@ class ApiKey:
     api_key_id: str
     tenant_id: str
     scopes: frozenset[str]
+    key_hash: str
+    revoked_at: float | None = None  # unix seconds; in the future for a key that was rotated
+    requests_per_minute: int | None = None  # None: no limit
+    max_concurrency: int | None = None
+    label: str = ""
+    created_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,9 @@ class Tenant:
     name: str
     learn: bool
     hmac_key: bytes
+    unstored: str = "learn"  # what `store: false` means: learn (as ever) | keep (no lesson) | discard (no record)
+    policies: str = "shared"  # whose lessons teach the model `default`: shared (the server's) | own | subject
+    retention_s: float | None = None  # sessions idle for longer are deleted; None: never
 
 
 class Store:
@@ -110,7 +119,7 @@ class Store:
     async def tenant(self, tenant_id: str) -> Tenant | None:
         async with self.read() as connection:
             row = (await connection.execute(select(tenants).where(tenants.c.tenant_id == tenant_id))).one_or_none()
-            return Tenant(row.tenant_id, row.name, row.learn, row.hmac_key) if row else None
+            return tenant_of(row._mapping) if row else None
 
     async def add_key(self, tenant_id: str, key_hash: str, scopes: Sequence[str], label: str = "") -> str:
         """Returns the api_key_id. Raises Refused if this key is there already."""
@@ -128,10 +137,11 @@ class Store:
 
     async def key(self, key_hash: str) -> ApiKey | None:
         """None if there is none or it is revoked."""
+        in_force = or_(api_keys.c.revoked_at.is_(None), api_keys.c.revoked_at > time.time())
         async with self.read() as connection:
-            query = select(api_keys).where(api_keys.c.key_hash == key_hash, api_keys.c.revoked_at.is_(None))
-            row = (await connection.execute(query)).one_or_none()
-            return ApiKey(row.api_key_id, row.tenant_id, frozenset(row.scopes)) if row else None
+            query = select(api_keys).where(api_keys.c.key_hash == key_hash, in_force)
+            row = (await connection.execute(query)).mappings().one_or_none()
+            return key_of(row) if row else None
 
     async def policies(self, tenant_id: str | None = None) -> list[Policy]:
         """Oldest first; None: of every tenant."""
@@ -162,6 +172,15 @@ class Store:
         )
         async with self.read() as connection:
             return [(row.turn_id, row.session_id) for row in await connection.execute(query)]
+
+
+def tenant_of(row: RowMapping) -> Tenant:
+    return Tenant(**{field.name: row[field.name] for field in fields(Tenant)})
+
+
+def key_of(row: RowMapping) -> ApiKey:
+    values = {field.name: row[field.name] for field in fields(ApiKey)}
+    return ApiKey(**values | {"scopes": frozenset(row["scopes"])})
 
 
 @asynccontextmanager

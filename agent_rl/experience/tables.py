@@ -73,6 +73,9 @@ tenants = Table(
     Column("tenant_id", Id, primary_key=True),
     Column("name", String(200), nullable=False),
     Column("learn", Boolean, nullable=False, server_default=text("true")),
+    Column("unstored", String(16), nullable=False, server_default="learn"),  # `store: false`: learn | keep | discard
+    Column("policies", String(16), nullable=False, server_default="shared"),  # shared | own | subject
+    Column("retention_s", Float),  # sessions idle for longer are deleted; NULL: never
     Column("hmac_key", LargeBinary, nullable=False),  # keys the prefix chains of this tenant
     _time("created_at"),
 )
@@ -86,7 +89,9 @@ api_keys = Table(
     Column("label", String(200), nullable=False, server_default=text("''")),
     Column("scopes", json_type, nullable=False),  # agent, feedback, admin
     _time("created_at"),
-    _time("revoked_at", nullable=True),
+    _time("revoked_at", nullable=True),  # from then on it is refused; a rotated key has a while left
+    Column("requests_per_minute", Integer),
+    Column("max_concurrency", Integer),
 )
 
 policies = Table(
@@ -96,6 +101,7 @@ policies = Table(
     _id("tenant_id"),
     Column("name", String(200), nullable=False),  # what clients send as `model`
     Column("base_hash", String(64), nullable=False),
+    Column("subject", String(256)),  # of a policy that one subject's lessons alone teach
     _id("head_checkpoint_id", nullable=True),  # NULL: the base itself
     Column("lineage", Integer, nullable=False, server_default="0"),  # counts how often the head was moved back
     Column("lease_owner", String(200)),
@@ -117,6 +123,12 @@ sessions = Table(
     _time("last_turn_at"),
     _time("closed_at", nullable=True),
     Index("ix_sessions_tenant_subject", "tenant_id", "subject"),
+    Index(
+        "ix_sessions_open",
+        "last_turn_at",
+        sqlite_where=text("closed_at IS NULL"),
+        postgresql_where=text("closed_at IS NULL"),
+    ),
 )
 
 # ------------------------------------------------------------------------------------------- what happened
@@ -135,6 +147,8 @@ turns = Table(
     Column("shared_messages", Integer, nullable=False),
     Column("fork_reason", String(64)),
     Column("session_rule", String(64), nullable=False),
+    Column("client_session_id", String(256)),
+    Column("retrievable", Boolean, nullable=False, server_default=text("true")),
     Column("chain", String(64), nullable=False),
     Column("prompt_ids", LargeBinary, nullable=False),
     Column("response_ids", LargeBinary, nullable=False),
@@ -217,6 +231,7 @@ tombstones = Table(
     Column("kind", String(16), primary_key=True),  # session | turn | subject | tenant
     Column("target_id", String(256), primary_key=True),
     _time("created_at"),
+    Index("ix_tombstones_created", "created_at"),
 )
 
 # ------------------------------------------------------------------------------------------- what it teaches
@@ -246,7 +261,7 @@ preferences = Table(  # standing feedback of a subject: asked before and not tak
     Column("text", Text, nullable=False),
     _time("created_at"),
     _time("retracted_at", nullable=True),
-    UniqueConstraint("policy_id", "subject", "text"),
+    UniqueConstraint("policy_id", "tenant_id", "subject", "text"),
 )
 
 lessons = Table(
