@@ -310,17 +310,11 @@ def run_app(name: str, settings: Settings) -> None:
     import uvicorn
 
     engine, gateway = settings.engine, settings.gateway
-    limits: dict[str, Any] = {"http": "httptools"}
+    options: dict[str, Any] = {"http": "httptools"}
     if name == "gateway":
-        from server.http_protocol import patient
-        from server.wires.socket import frame_limit
+        from server.http_protocol import uvicorn_options
 
-        limits = {
-            "http": patient(gateway.stall_timeout_s, gateway.body_timeout_s),
-            "ws_max_size": frame_limit(gateway),
-            "limit_concurrency": 16 * gateway.max_concurrency,  # connections; one more gets 503
-            "timeout_keep_alive": 30,
-        }
+        options = uvicorn_options(gateway)
     module = "server.app" if name == "gateway" else f"server.engines.{ENGINES[engine.kind]}"
     host, port = (gateway.host, gateway.port) if name == "gateway" else ("127.0.0.1", engine.port)
     config = uvicorn.Config(
@@ -332,7 +326,7 @@ def run_app(name: str, settings: Settings) -> None:
         loop="uvloop",
         server_header=False,
         timeout_graceful_shutdown=8,
-        **limits,
+        **options,
     )
     uvicorn.Server(config).run()
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from agent_rl.settings import GatewaySettings
+from server.wires.socket import frame_limit
+
 HEAD_BYTES = 131_072  # more than the edge takes, so that most are told why
-KEEP_ALIVE = ("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)
+SEND_BUFFER = 262_144  # bytes that the kernel keeps for a slow reader
+SOCKET = (
+    ("SO_SNDBUF", SEND_BUFFER),
+    ("SO_KEEPALIVE", 1),
+    ("TCP_KEEPIDLE", 60),
+    ("TCP_KEEPINTVL", 15),
+    ("TCP_KEEPCNT", 4),
+)
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class PatientProtocol(HttpToolsProtocol):
     """Cuts off a client that takes longer than `stall_s` for a request's head, longer than `body_s` for its body, or
     reads nothing of an answer for `stall_s`. Peers that vanished are found by TCP keep-alive within two minutes. At
-    most 64 KiB of an answer wait in memory for a slow reader."""
+    most 64 KiB of what an answer sent wait in memory for a slow reader, and SEND_BUFFER in the kernel."""
 
     stall_s: ClassVar[float] = 60.0
     body_s: ClassVar[float] = 65.0
@@ -27,7 +37,7 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if (raw := transport.get_extra_info("socket")) is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
-            for name, value in KEEP_ALIVE:
+            for name, value in SOCKET:
                 level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
                 raw.setsockopt(level, getattr(socket, name), value)
         self._expect(self.stall_s)
@@ -83,7 +93,15 @@ class PatientProtocol(HttpToolsProtocol):
             self._unread = None
 
 
-def patient(stall_s: float, body_s: float) -> type[PatientProtocol]:
-    """The protocol with this patience in seconds, for uvicorn's `http=`; a body gets a little more, so that its 408
-    goes out first."""
-    return type("PatientProtocol", (PatientProtocol,), {"stall_s": stall_s, "body_s": body_s + 5.0})
+def uvicorn_options(settings: GatewaySettings) -> dict[str, Any]:
+    """How uvicorn listens for a gateway. A body gets a little longer here than at the edge, so that its 408 goes out
+    first."""
+    patience = {"stall_s": settings.stall_timeout_s, "body_s": settings.body_timeout_s + 5.0}
+    return {
+        "http": type("PatientProtocol", (PatientProtocol,), patience),
+        "limit_concurrency": 16 * settings.max_concurrency,  # connections; one more gets 503
+        "timeout_keep_alive": 30,
+        "ws_max_size": frame_limit(settings),
+        "ws_ping_interval": 20.0,
+        "ws_ping_timeout": 20.0,
+    }

@@ -7,9 +7,9 @@ import re
 
 SECRETS = re.compile(
     r"(?P<kept>"
-    r"\b(?:proxy-)?authorization['\"]?\)?\s*[:=,]\s*b?['\"]?(?:bearer|basic)?\s*"
+    r"\b(?:proxy-)?authorization['\"]?\)?\s*[:=,]\s*(?:b(?=['\"]))?['\"]?(?:(?:bearer|basic)\s+)?"
     r"|\bbearer\s+"
-    r"|\bx-api-key['\"]?\s*[:=,]\s*b?['\"]?"
+    r"|\bx-api-key['\"]?\s*[:=,]\s*(?:b(?=['\"]))?['\"]?"
     r"|[?&](?:api[-_]?key|key|token|access_token)="
     r"|://[^\s/:@]*:(?=[^\s/@]*@)"
     r"|\barl-(?=[A-Za-z0-9_-]{4})"

@@ -20,6 +20,7 @@ from agent_rl.settings import Settings, load
 from agent_rl.types import Policy, Transcript
 from server import app
 from server.engines import protocol, scripted
+from server.http_protocol import uvicorn_options
 
 OWNER, OTHER, AGENT = "arl-owner", "arl-other", "arl-agent"
 SCOPES = {OWNER: ("agent", "feedback", "admin"), OTHER: ("agent", "feedback"), AGENT: ("agent",)}
@@ -80,7 +81,9 @@ async def running_gateway(
         stop = asyncio.Event()
         recording = asyncio.create_task(recorder.run(settings, stop))
         try:
-            url = await stack.enter_async_context(serving(app.create_app(settings)))
+            url = await stack.enter_async_context(
+                serving(app.create_app(settings), **uvicorn_options(settings.gateway))
+            )
             yield Gateway(url, settings, store, policy, engine, engine_server.aclose)
         finally:
             stop.set()

@@ -12,6 +12,7 @@ from server.refusal import Refusal, bad_field
 
 LONGEST_NAME = 128  # of a tool
 MOST_STOPS = 16
+DEEPEST = 64  # lists and objects in each other
 Body = Mapping[str, Any]
 
 
@@ -23,7 +24,18 @@ def json_object(raw: bytes) -> dict[str, Any]:
         raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(body, dict):
         raise Refusal(400, f"the body must be a JSON object, not {kind(body)}", code="invalid_json")
+    if raw.count(b"{") + raw.count(b"[") > DEEPEST and depth(body) > DEEPEST:
+        raise Refusal(400, f"the body is nested more than {DEEPEST} deep, the limit here", code="too_deep")
     return body
+
+
+def depth(value: object) -> int:
+    """How deep lists and objects stand in each other; 1 for one with none inside."""
+    level, deep = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        deep += 1
+    return deep
 
 
 def number(body: Body, name: str, low: float, high: float) -> float | None:
@@ -67,16 +79,17 @@ def string(body: Body, name: str, longest: int | None = None) -> str | None:
     return value
 
 
-def mapping(body: Body, name: str) -> dict[str, Any]:
-    """An object; an empty one where the field is absent or null."""
+def mapping(body: Body, name: str, where: str = "") -> dict[str, Any]:
+    """An object; an empty one where the field is absent or null. `where` is the path before its name."""
     value = body.get(name)
     if value is not None and not isinstance(value, dict):
-        raise bad_field(name, f"must be an object, not {kind(value)}", "invalid_type")
+        raise bad_field(f"{where}{name}", f"must be an object, not {kind(value)}", "invalid_type")
     return value or {}
 
 
 def items(body: Body, name: str, where: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """(its path, the object) for each object of a list; none where the field is absent or null."""
+    """(its path, the object) for each object of a list; none where the field is absent or null. `where` is the path
+    before its name."""
     path, value = f"{where}{name}", body.get(name)
     if value is None:
         return []
