@@ -14,7 +14,7 @@ import pytest
 from gateway import Gateway, running_gateway
 from tiny import AGENT, make_model
 
-from agent_rl.types import Grammar, Message, ToolCall
+from agent_rl.types import Finish, Grammar, Message, ToolCall
 from server.refusal import Refusal
 from server.wires.chat_request import parse
 
@@ -30,6 +30,7 @@ SCRIPT = {
         {"user": "look tea up", "text": CALLS},
         {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
         {"user": "one way", "text": '{"word": "tea"}'},
+        {"user": "slowly", "text": "one two three four five six seven eight nine", "token_s": 0.05},
         {"user": "give up", "text": "one two three", "abort_after": 2},
     ],
     "default": {"text": "Okay."},
@@ -155,6 +156,25 @@ async def test_a_choice_that_fails_ends_all(gateway: Gateway, ai: openai.AsyncOp
     with pytest.raises(openai.InternalServerError):
         await ai.chat.completions.create(**body("give up"), n=2)
     await gateway.idle()
+
+
+async def test_a_client_that_hangs_up_leaves_no_choice_running(gateway: Gateway, ai: openai.AsyncOpenAI) -> None:
+    stream = await ai.chat.completions.create(**body("slowly"), n=2, stream=True)
+    turn_ids = stream.response.headers["x-turn-ids"].split(",")
+    await stream.close()
+    await gateway.idle()
+    assert {(await gateway.transcript(turn_id)).turn.finish for turn_id in turn_ids} == {Finish.ABORTED}
+
+
+async def test_a_retry_gets_all_choices_again(ai: openai.AsyncOpenAI) -> None:
+    turns = []
+    for _ in range(2):
+        raw = await ai.chat.completions.with_raw_response.create(
+            **body("Hi"), n=2, extra_headers={"idempotency-key": "once"}
+        )
+        turns.append(raw.headers["x-turn-ids"].split(","))
+    assert turns[0] == turns[1]
+    assert len(set(turns[0])) == 2
 
 
 class Word(pydantic.BaseModel):

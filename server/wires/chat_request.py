@@ -122,7 +122,7 @@ def _grammar(response_format: Body) -> Grammar | None:
     if form == "json_object":
         return schema_grammar({"type": "object"}, "response_format")
     if form == "json_schema":
-        wanted = mapping(response_format, "json_schema")
+        wanted = mapping(response_format, "json_schema", "response_format.")
         return schema_grammar(wanted.get("schema"), "response_format.json_schema.schema")
     raise bad_field("response_format.type", f"must be text, json_object or json_schema, not {form!r:.80}")
 
@@ -137,11 +137,11 @@ def _tools(body: Body) -> tuple[tuple[Json, ...], str]:
         if item.get("type") != "function":
             complaint = f"only functions are supported, not {item.get('type')!r:.80}"
             raise bad_field(f"{where}.type", complaint, "unsupported_value")
-        tool = function_tool(mapping(item, "function"), f"{where}.function", "parameters")
+        tool = function_tool(mapping(item, "function", f"{where}."), f"{where}.function", "parameters")
         tools[item["function"]["name"]] = tool
     choice = body.get("tool_choice") or "auto"
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = mapping(choice, "allowed_tools")
+        allowed = mapping(choice, "allowed_tools", "tool_choice.")
         names = [_named(item, tools) for _, item in items(allowed, "tools", "tool_choice.allowed_tools.")]
         tools = {name: tools[name] for name in names}
         choice = allowed.get("mode", "auto")
@@ -158,7 +158,7 @@ def _named(choice: Body, tools: Mapping[str, Json]) -> str:
         raise bad_field(
             "tool_choice", f"tools of type {choice.get('type')!r:.80} are not supported", "unsupported_value"
         )
-    name = mapping(choice, "function").get("name")
+    name = mapping(choice, "function", "tool_choice.").get("name")
     if name not in tools:
         raise bad_field("tool_choice", f"names the tool {name!r:.80}; tools here: {', '.join(tools) or 'none'}")
     return str(name)
@@ -212,7 +212,7 @@ def _assistant(item: Body, where: str, name: str | None) -> Message:
 def _call(item: Body, where: str) -> ToolCall:
     if item.get("type", "function") != "function":
         raise bad_field(f"{where}.type", f"must be function, not {item['type']!r:.80}", "unsupported_value")
-    function = mapping(item, "function")
+    function = mapping(item, "function", f"{where}.")
     return ToolCall(
         text(item, "id", where),
         text(function, "name", f"{where}.function"),

@@ -85,7 +85,7 @@ def _sampling(body: Body, default_max_tokens: int) -> Sampling:
 
 
 def _grammar(body: Body) -> Grammar | None:
-    form, where = mapping(mapping(body, "output_config"), "format"), "output_config.format"
+    form, where = mapping(mapping(body, "output_config"), "format", "output_config."), "output_config.format"
     if not form:
         form, where = mapping(body, "output_format"), "output_format"  # how earlier betas spelled it
     if not form:
