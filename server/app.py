@@ -25,7 +25,7 @@ from agent_rl.experience.store import Store
 from agent_rl.experience.stream import Stream
 from agent_rl.rendering import Renderer
 from agent_rl.settings import Settings
-from server import catalog, feedback, health
+from server import admin, catalog, feedback, graves, health, openapi
 from server.auth import LOOPBACK, Door
 from server.core import Core
 from server.directory import Directory
@@ -36,6 +36,7 @@ from server.sessions import Sessions
 from server.wires import WIRES, socket
 from server.wires.socket_calls import Calls
 
+GRAVES_S = 1.0  # how often it is asked what was forgotten, at most
 log = logging.getLogger("agent_rl.gateway")
 
 
@@ -106,6 +107,7 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
         metrics=metrics,
     )
     stack.push_async_callback(core.close)
+    await stack.enter_async_context(_running(graves.watch(store, core, journal, max(gateway.cache_s, GRAVES_S))))
     door = Door(directory, gateway)
     outbox = Outbox(
         settings.redis_url, settings.store.stream, ttl_s=gateway.outbox_ttl_s, grace_s=gateway.outbox_grace_s
@@ -114,13 +116,15 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
     calls = Calls(outbox)
     await stack.enter_async_context(_running(calls.run()))
     stack.push_async_callback(calls.close)
-    return [
+    routes = [
         *socket.routes(door, calls, outbox, gateway),
         *(route for wire in WIRES.values() for route in wire(core, door, gateway)),
         *feedback.routes(core, door),
         *catalog.routes(directory, store, door),
+        *admin.routes(store, stream, door, core),
         *health.routes(engine, settings, metrics),
     ]
+    return [*routes, *openapi.routes(routes)]
 
 
 @asynccontextmanager

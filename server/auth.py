@@ -21,6 +21,8 @@ class Caller:
     tenant: Tenant
     api_key_id: str | None  # None: loopback without a key
     scopes: frozenset[str]
+    requests_per_minute: int | None = None  # None: no limit
+    max_concurrency: int | None = None
 
 
 class Door:
@@ -40,7 +42,8 @@ class Door:
         if scope not in key.scopes:
             has = ", ".join(sorted(key.scopes)) or "nothing"
             raise Refusal(403, f"this needs a key with the scope '{scope}'; this one has: {has}", code="missing_scope")
-        return Caller(await self._directory.tenant(key.tenant_id), key.api_key_id, key.scopes)
+        tenant = await self._directory.tenant(key.tenant_id)
+        return Caller(tenant, key.api_key_id, key.scopes, key.requests_per_minute, key.max_concurrency)
 
     async def body(self, request: Request) -> bytes:
         """The request's body. Raises Refusal (413) as soon as it is too large, before all of it is read."""

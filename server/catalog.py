@@ -18,12 +18,12 @@ from server.refusal import Refusal
 def routes(directory: Directory, store: Store, door: Door) -> list[BaseRoute]:
     async def models(request: Request) -> Response:
         caller = await door.caller(request, "agent")
-        there = await directory.policies(caller.tenant.tenant_id)
+        there = await directory.policies(caller.tenant)
         return _json({"object": "list", "data": [await _model(policy, directory) for policy in there]})
 
     async def model(request: Request) -> Response:
         caller = await door.caller(request, "agent")
-        policy = await directory.policy(caller.tenant.tenant_id, request.path_params["name"])
+        policy = await directory.policy(caller.tenant, request.path_params["name"], None)
         return _json(await _model(policy, directory))
 
     async def turn(request: Request) -> Response:

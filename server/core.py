@@ -26,6 +26,7 @@ from server.answering import Answering, Delta, Ended, Event, Idle, Started
 from server.auth import Caller
 from server.directory import Directory
 from server.identity import is_aside
+from server.limits import Limits
 from server.metrics import Metrics
 from server.prompting import Prompter
 from server.recalls import Recalled, Recalls
@@ -58,6 +59,7 @@ class Core:
         self._sessions, self._shipper, self._metrics = sessions, shipper, metrics
         self._running: dict[str, Answering] = {}  # by turn id
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._limits = Limits()
         self._replays = Replays()
         self._recalls = Recalls(store)
         self._prompter = Prompter(settings, renderer, directory, sessions)
@@ -103,6 +105,7 @@ class Core:
     def _begin(self, conversation: Conversation, caller: Caller) -> Answering:
         if len(self._tasks) >= self._settings.max_concurrency:
             raise Refusal(429, f"{len(self._tasks)} requests are being answered, the limit here", retry_after_s=1)
+        self._limits.enter(caller)
         side = conversation.side or is_aside(conversation)
         answering = Answering(replace(conversation, side=side), caller, new_turn_id(), time.time(), time.monotonic())
         task = self._tasks[answering.turn_id] = asyncio.create_task(self._run(answering))
@@ -112,6 +115,7 @@ class Core:
 
     def _over(self, answering: Answering) -> None:
         answering.over = True
+        self._limits.leave(answering.caller)
         del self._tasks[answering.turn_id], self._running[answering.turn_id]
 
     async def count_tokens(self, conversation: Conversation, caller: Caller) -> int:

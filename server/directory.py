@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import time
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from agent_rl.experience.store import ApiKey, Store, StoreUnavailable, Tenant
+from agent_rl.experience.tenancy import OPERATOR, SHARED_POLICY, hash_key, subject_policy
 from agent_rl.types import BASE_RELEASE, Deployment, Policy
 from server.refusal import Refusal
 
@@ -68,11 +70,15 @@ class Directory:
         self._store = store
         self._keys: Cache[str, ApiKey | None] = Cache(store.key, life_s)
         self._tenants: Cache[str, Tenant | None] = Cache(store.tenant, life_s)
-        self._policies: Cache[str, list[Policy]] = Cache(store.policies, life_s)
+        self._policies: Cache[str, list[Policy]] = Cache(store.named_policies, life_s)
         self._deployments: Cache[str, Deployment | None] = Cache(store.deployment, life_s)
 
     async def key(self, secret: str) -> ApiKey | None:
-        return await self._keys.get(hash_key(secret))
+        hashed = hash_key(secret)
+        key = await self._keys.get(hashed)
+        if key is None or not hmac.compare_digest(key.key_hash, hashed):
+            return None
+        return key if key.revoked_at is None or key.revoked_at > time.time() else None
 
     async def tenant(self, tenant_id: str) -> Tenant:
         tenant = await self._tenants.get(tenant_id)
@@ -80,18 +86,25 @@ class Directory:
             raise Refusal(503, f"tenant {tenant_id} is not there yet; run `agent-rl serve`", retry_after_s=5)
         return tenant
 
-    async def policies(self, tenant_id: str) -> list[Policy]:
-        return await self._policies.get(tenant_id)
+    async def policies(self, tenant: Tenant) -> list[Policy]:
+        """Those that the tenant may name: its own, and the server's shared one where it has chosen that."""
+        own = await self._policies.get(tenant.tenant_id)
+        if tenant.policies != "shared" or any(policy.name == SHARED_POLICY for policy in own):
+            return own
+        shared = [policy for policy in await self._policies.get(OPERATOR) if policy.name == SHARED_POLICY]
+        return shared + own
 
-    async def policy(self, tenant_id: str, name: str) -> Policy:
-        """Raises Refusal (404) that lists what there is."""
-        there = await self.policies(tenant_id)
+    async def policy(self, tenant: Tenant, name: str, subject: str | None) -> Policy:
+        """The policy that answers `subject`. Raises Refusal (404) that lists what there is."""
+        there = await self.policies(tenant)
         found = next((policy for policy in there if policy.name == name), None)
         if found is None:
             names = ", ".join(sorted(policy.name for policy in there)) or "none"
             raise Refusal(
                 404, f"there is no model {name!r}; models here: {names}", code="model_not_found", param="model"
             )
+        if tenant.policies == "subject" and subject is not None:
+            return subject_policy(found, tenant.tenant_id, subject)
         return found
 
     async def live(self, policy_id: str) -> str:
@@ -111,8 +124,3 @@ class Directory:
 def share(session_id: str) -> float:
     """Where a session lies in [0, 1), evenly and for good."""
     return int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:8]) / 2**64
-
-
-def hash_key(secret: str) -> str:
-    """What is stored of a key: sha256 hex."""
-    return hashlib.sha256(secret.encode()).hexdigest()

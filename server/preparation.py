@@ -10,8 +10,8 @@ from pathlib import Path
 from agent_rl import models
 from agent_rl.experience import lineage
 from agent_rl.experience.store import Store, migrate
+from agent_rl.experience.tenancy import hash_key
 from agent_rl.settings import Settings
-from server.directory import hash_key
 
 TENANT = POLICY = "default"
 FIRST_KEY_SCOPES = ("agent", "feedback", "admin")  # the owner's key

@@ -23,7 +23,8 @@ class Prompter:
         """Everything that sampling needs. Raises Refusal."""
         conversation, caller = _offered(answering.conversation), answering.caller
         answering.conversation = conversation
-        policy = await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
+        subject = conversation.end_user or caller.api_key_id
+        policy = await self._directory.policy(caller.tenant, conversation.policy, subject)
         place = await self._sessions.place(conversation, caller.tenant, caller.api_key_id, policy.policy_id)
         try:
             self._prompt(answering, place)
@@ -62,7 +63,7 @@ class Prompter:
 
     async def count(self, conversation: Conversation, caller: Caller) -> int:
         """Length of the whole prompt, rendered anew. Raises Refusal."""
-        await self._directory.policy(caller.tenant.tenant_id, conversation.policy)
+        await self._directory.policy(caller.tenant, conversation.policy, None)
         try:
             return len(self._rendered(_offered(conversation)))
         except RenderError as error:

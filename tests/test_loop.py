@@ -27,7 +27,7 @@ from agent_rl.models import base_hash
 from agent_rl.settings import Settings, load
 from agent_rl.types import BASE_RELEASE, ReleaseState
 from server import app, publisher
-from server.directory import hash_key
+from agent_rl.experience.tenancy import hash_key
 from server.engines import torch_engine
 
 LENIENT = {

@@ -13,7 +13,7 @@ from gateway import AGENT, OTHER, OWNER, Gateway, running_gateway, second_gatewa
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from server.directory import hash_key
+from agent_rl.experience.tenancy import hash_key
 from server.engines.scripted import Rule, Script
 
 SCRIPT = {

@@ -38,6 +38,7 @@ def connect(url: str) -> AsyncEngine:
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")  # the journal is trimmed after a commit: it has to be on disk
+        cursor.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")
@@ -46,6 +47,15 @@ def connect(url: str) -> AsyncEngine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
+
+
+async def empty_log(engine: AsyncEngine) -> None:
+    """Move SQLite's write-ahead log into the file and empty it, so that no deleted page is left there."""
+    if engine.dialect.name == "sqlite":
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("ROLLBACK")
+            await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            await connection.exec_driver_sql("BEGIN")
 
 
 def writer(engine: AsyncEngine) -> AsyncEngine:

@@ -109,6 +109,13 @@ class Journal:
             self._segments[0].path.unlink()
             del self._segments[0]
 
+    async def turn_over(self) -> None:
+        """Begin a new segment, so that the one so far can be trimmed. Raises OSError where that cannot be made."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+        self._queue.put((b"", done, loop))
+        await done
+
     async def close(self) -> None:
         """Write what was appended, then let the folder go."""
         if self._closed:
@@ -144,7 +151,9 @@ class Journal:
     def _commit(self, group: list[Waiting]) -> None:
         """All of the group or nothing; whoever waits hears of it."""
         try:
-            first = self._write([record for record, _, _ in group])
+            first = self._write([record for record, _, _ in group if record])
+            if any(not record for record, _, _ in group) and self._segments[-1].size:
+                self._next_segment()
         except OSError as error:
             reason = JournalFull(error.errno, f"the journal in {self._folder} takes no more: {error.strerror}")
             failure: OSError = reason if error.errno in FULL else error

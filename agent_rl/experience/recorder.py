@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
+from agent_rl.experience import deletion
 from agent_rl.experience.codec import decode
 from agent_rl.experience.store import Refused, Store, StoreUnavailable
 from agent_rl.experience.stream import Delivery, Stream, StreamUnavailable
@@ -17,6 +20,7 @@ log = logging.getLogger("agent_rl.recorder")
 
 BLOCK_S = 0.5  # how long one look at the stream waits; `stop` is heard that often
 LONGEST_PAUSE_S = 5.0
+SWEEP_S = 60.0  # between two looks for sessions that have been kept long enough
 T = TypeVar("T")
 
 
@@ -26,8 +30,12 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     store: Store | None = None
     try:
         store = await persist(lambda: Store.open(settings.database_url), stop)
+        swept = 0.0
         while store is not None and not stop.is_set():
             await step(store, stream, settings.store.recorder_batch, stop)
+            if time.monotonic() - swept > SWEEP_S:
+                await persist(partial(deletion.sweep, store, stream), stop)
+                swept = time.monotonic()
     finally:
         await stream.close()
         if store is not None:

@@ -25,6 +25,7 @@ from agent_rl.experience.tables import (
     feedback,
     journals,
     json_length,
+    policies,
     sessions,
     tombstones,
     turns,
@@ -60,6 +61,7 @@ async def write_arrivals(connection: AsyncConnection, batch: Sequence[Arrival]) 
     alive = await _not_deleted(connection, [arrival.body for arrival in fresh])
     said = [await _upsert_feedback(connection, body) for body in alive if isinstance(body, Feedback)]
     new = await _insert_turns(connection, [body for body in alive if isinstance(body, Turn)])
+    await _make_subject_policies(connection, new)
     await _upsert_sessions(connection, new)
     await _place_session_feedback(connection, {body.session_id for body in [*new, *said] if body and body.session_id})
     await _raise_evidence(connection, new, [body for body in said if body])
@@ -132,11 +134,11 @@ def _targets(body: Turn | Feedback) -> set[tuple[str, str]]:
 
 
 async def _not_deleted(connection: AsyncConnection, bodies: Sequence[Turn | Feedback]) -> list[Turn | Feedback]:
-    """The records of which nothing was deleted."""
+    """The records of which nothing was deleted since."""
     names = sorted({target_id for body in bodies for _, target_id in _targets(body)})
-    query = select(tombstones.c.kind, tombstones.c.target_id).where(tombstones.c.target_id.in_(names))
-    deleted = {(kind, target_id) for kind, target_id in await connection.execute(query)}
-    return [body for body in bodies if not deleted & _targets(body)]
+    query = select(tombstones).where(tombstones.c.target_id.in_(names))
+    deleted = {(row.kind, row.target_id): row.created_at for row in await connection.execute(query)}
+    return [b for b in bodies if all(deleted.get(target, 0.0) < b.created_at for target in _targets(b))]
 
 
 async def _insert_turns(connection: AsyncConnection, batch: Sequence[Turn]) -> list[Turn]:
@@ -151,6 +153,29 @@ async def _insert_turns(connection: AsyncConnection, batch: Sequence[Turn]) -> l
     result = await connection.execute(statement, rows)
     inserted = set(result.scalars())
     return [turn for turn in batch if turn.turn_id in inserted]
+
+
+async def _make_subject_policies(connection: AsyncConnection, new: Sequence[Turn]) -> None:
+    """A policy `parent:mark` is its subject's alone; its row comes with the first turn."""
+    firsts = {turn.policy_id: turn for turn in new if ":" in turn.policy_id}
+    there = select(policies.c.policy_id).where(policies.c.policy_id.in_(sorted(firsts)))
+    known = set((await connection.execute(there)).scalars()) if firsts else set()
+    for policy_id, turn in sorted(firsts.items()):
+        if policy_id in known:
+            continue
+        parent_id, _, mark = policy_id.partition(":")
+        parent = (await connection.execute(select(policies).where(policies.c.policy_id == parent_id))).one_or_none()
+        if parent is None:
+            raise Refused(f"turn {turn.turn_id} is of the policy {policy_id}, but there is no policy {parent_id}")
+        row = {
+            "policy_id": policy_id,
+            "tenant_id": turn.tenant_id,
+            "name": f"{parent.name}@{mark}",
+            "base_hash": parent.base_hash,
+            "subject": turn.subject or turn.api_key_id,
+            "created_at": turn.created_at,
+        }
+        await connection.execute(insert(connection, policies).on_conflict_do_nothing(), row)
 
 
 async def _upsert_feedback(connection: AsyncConnection, said: Feedback) -> Feedback | None:

@@ -77,6 +77,11 @@ class Store:
     async def close(self) -> None:
         await self._reader.dispose()
 
+    @property
+    def reader(self) -> AsyncEngine:
+        """The connections themselves, for what no transaction can do."""
+        return self._reader
+
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A reading transaction."""
         return _transaction(self._reader)
@@ -144,10 +149,16 @@ class Store:
             return key_of(row) if row else None
 
     async def policies(self, tenant_id: str | None = None) -> list[Policy]:
-        """Oldest first; None: of every tenant."""
+        """Oldest first, those of subjects too; None: of every tenant."""
         query = select(policies).order_by(policies.c.created_at, policies.c.policy_id)
         if tenant_id is not None:
             query = query.where(policies.c.tenant_id == tenant_id)
+        async with self.read() as connection:
+            return [policy_of(row) for row in (await connection.execute(query)).mappings()]
+
+    async def named_policies(self, tenant_id: str) -> list[Policy]:
+        """Those that a client may name: none of a subject's alone."""
+        query = select(policies).where(policies.c.tenant_id == tenant_id, policies.c.subject.is_(None))
         async with self.read() as connection:
             return [policy_of(row) for row in (await connection.execute(query)).mappings()]
 

@@ -136,6 +136,12 @@ class Stream:
                     return [self._head.decode(cast(bytes, data)) for data in found]
         return []
 
+    async def forget(self, turn_ids: Sequence[str]) -> None:
+        """No conversation goes on behind these turns any more. Entries on their way are stopped by tombstones."""
+        for at in range(0, len(turn_ids), 1000):
+            async with boundary():
+                await self._redis.delete(*(f"{self._name}:head:{turn_id}" for turn_id in turn_ids[at : at + 1000]))
+
     async def progress(self, journal_id: str) -> tuple[int | None, int | None]:
         """(last seq sent, watermark) of a journal as Redis knows them; None where it does not."""
         async with boundary(), self._redis.pipeline(transaction=False) as pipe:
