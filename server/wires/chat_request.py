@@ -1,5 +1,8 @@
 """The body of `POST /v1/chat/completions` → Conversation. What cannot be honoured is refused by name, never ignored;
-fields that change nothing about the answer (`service_tier`, `reasoning_effort`, unknown ones) are accepted."""
+fields that change nothing about the answer (`service_tier`, `reasoning_effort`, unknown ones) are accepted.
+
+A tool's schema and `parallel_tool_calls: false` are held to where `tool_choice` demands a call; where the model is free
+to call or not, they are its to follow, a tool's `strict` included."""
 
 from __future__ import annotations
 
