@@ -45,8 +45,8 @@ def body(text: str = "Hi", **more: Any) -> dict[str, Any]:
         ({"authorization": "Basic arl-owner"}, 401, "no_api_key"),
         ({"x-api-key": OWNER}, 200, None),
         ({"authorization": f"bearer {OWNER}"}, 200, None),
-        ({"x-api-key": OWNER, "host": "evil.example"}, 403, None),
-        ({"x-api-key": OWNER, "origin": "https://evil.example"}, 403, None),
+        ({"x-api-key": OWNER, "host": "evil.example"}, 403, "not_loopback"),
+        ({"x-api-key": OWNER, "origin": "https://evil.example"}, 403, "not_loopback"),
         ({"x-api-key": OWNER, "host": "localhost:1", "origin": "http://localhost:3000"}, 200, None),
     ],
 )

@@ -13,6 +13,8 @@ from gateway import AGENT, OTHER, OWNER, Gateway, running_gateway, second_gatewa
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from agent_rl.experience.outbox import forget_outboxes
+from agent_rl.experience.stream import Stream
 from agent_rl.experience.tenancy import hash_key
 from server.engines.scripted import Rule, Script
 
@@ -253,6 +255,17 @@ async def test_a_connection_is_its_own_keys(gateway: Gateway) -> None:
         connection = await opened(socket)
     async with at(gateway, OTHER) as socket:
         await say(socket, type="resume", connection=connection, after=0)
+        assert (await hear(socket))["code"] == "connection_not_found"
+
+
+async def test_a_forgotten_tenant_has_no_connections(gateway: Gateway) -> None:
+    async with at(gateway) as socket:
+        await opened(socket)
+        await ask(socket, "a")
+        await until_end(socket, "a")
+        stream = Stream(gateway.settings.redis_url, gateway.settings.store.stream)
+        await forget_outboxes(stream, "default")
+        await stream.close()
         assert (await hear(socket))["code"] == "connection_not_found"
 
 

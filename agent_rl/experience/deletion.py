@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_rl.experience.codec import decode
 from agent_rl.experience.database import empty_log
+from agent_rl.experience.outbox import forget_outboxes
 from agent_rl.experience.records import insert
 from agent_rl.experience.store import Store
 from agent_rl.experience.stream import Stream
@@ -75,6 +76,8 @@ async def forget(store: Store, stream: Stream, kind: str, tenant_id: str, target
         await _delete_dead_letters(connection, set(graves))
     await empty_log(store.reader)
     await stream.forget(turn_ids)
+    if kind == "tenant":
+        await forget_outboxes(stream, tenant_id)
     return report
 
 

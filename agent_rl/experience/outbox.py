@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from redis.asyncio import Redis
 
-from agent_rl.experience.stream import TIMEOUT_S, boundary
+from agent_rl.experience.stream import TIMEOUT_S, Stream, boundary
 
 MOST_FRAMES = 1024  # unacknowledged; a writer waits for room
 MOST_REQUESTS = 32  # whose end is not acknowledged
@@ -180,16 +180,6 @@ class Outbox:
             there = await pipe.execute()
         return {connection for connection, found in zip(connections, there, strict=True) if found}
 
-    async def forget(self, tenant_id: str) -> None:
-        """Nothing of the tenant's connections is left."""
-        index = f"{self._name}:outboxes:{tenant_id}"
-        async with boundary():
-            members = cast(set[bytes], await self._redis.smembers(index))
-            for member in members:
-                stream, state = self._keys(member.decode())
-                await self._redis.delete(stream, state, f"{stream}:attended")
-            await self._redis.delete(index)
-
     async def _append(self, connection: str, request_id: str, part: int, frame: bytes, *, last: bool) -> Put:
         room = MOST_FRAMES + MOST_REQUESTS if last else MOST_FRAMES  # an end always finds room
         keys, ended = self._keys(connection), "1" if last else "0"
@@ -200,13 +190,23 @@ class Outbox:
         return Put(answer.decode())
 
     def _keys(self, connection: str) -> tuple[str, str]:
-        stream = f"{self._name}:outbox:{connection}"
-        return stream, f"{stream}:state"
+        return _keys(self._name, connection)[:2]
 
     def _touch(self, pipe: Any, stream: str, state: str) -> None:
         pipe.pexpire(stream, self._ttl_ms)
         pipe.pexpire(state, self._ttl_ms)
         pipe.set(f"{stream}:attended", "1", px=self._grace_ms)
+
+
+async def forget_outboxes(stream: Stream, tenant_id: str) -> None:
+    """Nothing of the tenant's connections is left: a socket that reads one closes."""
+    await stream.forget_set(f"{stream.name}:outboxes:{tenant_id}", lambda member: _keys(stream.name, member))
+
+
+def _keys(name: str, connection: str) -> tuple[str, str, str]:
+    """Stream, state and mark of attendance."""
+    stream = f"{name}:outbox:{connection}"
+    return stream, f"{stream}:state", f"{stream}:attended"
 
 
 def _flat(entries: Any) -> Any:

@@ -14,7 +14,7 @@ sent seq is written in the same MULTI as the entries, so that whoever sends next
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -74,7 +74,7 @@ class Stream:
 
     def __init__(self, url: str, name: str) -> None:
         self._redis: Redis = Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
-        self._name = name
+        self.name = name
         self._head = msgspec.msgpack.Decoder(Head)
 
     async def close(self) -> None:
@@ -95,15 +95,15 @@ class Stream:
         """
         journal_id = arrivals[0][0].journal_id
         async with boundary(), self._redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(f"{self._name}:sent:{journal_id}")  # a Redis that goes away from here on fails the MULTI
-            sent = _int(await pipe.get(f"{self._name}:sent:{journal_id}"))
+            await pipe.watch(f"{self.name}:sent:{journal_id}")  # a Redis that goes away from here on fails the MULTI
+            sent = _int(await pipe.get(f"{self.name}:sent:{journal_id}"))
             if after is not None and sent != after:
                 raise StreamForgot(journal_id, after, sent)
             pipe.multi()  # type: ignore[no-untyped-call]
             for arrival, _, _ in arrivals:
                 entry = {"journal": journal_id, "seq": arrival.seq, "body": encode(arrival.body)}
-                pipe.xadd(self._name, entry)  # type: ignore[arg-type]  # bytes are taken as they are
-            pipe.set(f"{self._name}:sent:{journal_id}", arrivals[-1][0].seq)
+                pipe.xadd(self.name, entry)  # type: ignore[arg-type]  # bytes are taken as they are
+            pipe.set(f"{self.name}:sent:{journal_id}", arrivals[-1][0].seq)
             for arrival, head, scope in arrivals:
                 if head is not None:
                     self._set_head(pipe, arrival, head, scope or "", head_ttl_s)
@@ -111,13 +111,13 @@ class Stream:
         return [entry_id.decode() for entry_id in answers[: len(arrivals)]]
 
     def _set_head(self, pipe: Pipeline, arrival: Arrival, head: Head, scope: str, ttl_s: float) -> None:
-        chain, life = f"{self._name}:chain:{scope}:{head.chain}", max(1, round(ttl_s * 1000))
-        pipe.set(f"{self._name}:head:{head.turn_id}", msgspec.msgpack.encode(head), px=life)
+        chain, life = f"{self.name}:chain:{scope}:{head.chain}", max(1, round(ttl_s * 1000))
+        pipe.set(f"{self.name}:head:{head.turn_id}", msgspec.msgpack.encode(head), px=life)
         pipe.zadd(chain, {head.turn_id: time.time()})
         pipe.zremrangebyrank(chain, 0, -HEADS_PER_CHAIN - 1)
         pipe.pexpire(chain, life)
         if isinstance(arrival.body, Turn) and arrival.body.parent_id is not None:
-            pipe.expire(f"{self._name}:head:{arrival.body.parent_id}", PARENT_TTL_S)
+            pipe.expire(f"{self.name}:head:{arrival.body.parent_id}", PARENT_TTL_S)
 
     async def heads(self, scope: str, chains: Sequence[str]) -> list[Head]:
         """Heads that end with the first of these chains that any head ends with, newest first; several if it is
@@ -127,10 +127,10 @@ class Stream:
         async with boundary():
             async with self._redis.pipeline(transaction=False) as pipe:
                 for chain in chains:
-                    pipe.zrange(f"{self._name}:chain:{scope}:{chain}", 0, -1, desc=True)
+                    pipe.zrange(f"{self.name}:chain:{scope}:{chain}", 0, -1, desc=True)
                 members = await pipe.execute()
             for turn_ids in members:
-                keys = [f"{self._name}:head:{turn_id.decode()}" for turn_id in turn_ids]
+                keys = [f"{self.name}:head:{turn_id.decode()}" for turn_id in turn_ids]
                 found = [data for data in await self._redis.mget(keys) if data] if keys else []
                 if found:
                     return [self._head.decode(cast(bytes, data)) for data in found]
@@ -140,13 +140,20 @@ class Stream:
         """No conversation goes on behind these turns any more. Entries on their way are stopped by tombstones."""
         for at in range(0, len(turn_ids), 1000):
             async with boundary():
-                await self._redis.delete(*(f"{self._name}:head:{turn_id}" for turn_id in turn_ids[at : at + 1000]))
+                await self._redis.delete(*(f"{self.name}:head:{turn_id}" for turn_id in turn_ids[at : at + 1000]))
+
+    async def forget_set(self, index: str, keys_of: Callable[[str], Sequence[str]]) -> None:
+        """Delete a set, and the keys that belong to each of its members."""
+        async with boundary():
+            for member in cast(set[bytes], await self._redis.smembers(index)):
+                await self._redis.delete(*keys_of(member.decode()))
+            await self._redis.delete(index)
 
     async def progress(self, journal_id: str) -> tuple[int | None, int | None]:
         """(last seq sent, watermark) of a journal as Redis knows them; None where it does not."""
         async with boundary(), self._redis.pipeline(transaction=False) as pipe:
-            pipe.get(f"{self._name}:sent:{journal_id}")
-            pipe.hget(f"{self._name}:watermarks", journal_id)
+            pipe.get(f"{self.name}:sent:{journal_id}")
+            pipe.hget(f"{self.name}:watermarks", journal_id)
             sent, watermark = await pipe.execute()
         return _int(sent), _int(watermark)
 
@@ -179,35 +186,35 @@ class Stream:
         """Acknowledge, delete, and publish the watermarks, in one MULTI."""
         async with boundary(), self._redis.pipeline(transaction=True) as pipe:
             if entry_ids:
-                pipe.xack(self._name, GROUP, *entry_ids)
-                pipe.xdel(self._name, *entry_ids)
+                pipe.xack(self.name, GROUP, *entry_ids)
+                pipe.xdel(self.name, *entry_ids)
             if watermarks:
-                pipe.hset(f"{self._name}:watermarks", mapping={name: str(seq) for name, seq in watermarks.items()})
+                pipe.hset(f"{self.name}:watermarks", mapping={name: str(seq) for name, seq in watermarks.items()})
             await pipe.execute()
 
     async def _claim(self, n: int) -> list[Any]:
         idle_ms = int(CLAIM_AFTER_S * 1000)
-        answer = await self._redis.xautoclaim(self._name, GROUP, GROUP, idle_ms, count=n)
+        answer = await self._redis.xautoclaim(self.name, GROUP, GROUP, idle_ms, count=n)
         return [entry for entry in answer[1] if entry and entry[0]]
 
     async def _read(self, n: int, block_s: float) -> list[Any]:
         block_ms = max(1, int(min(block_s, TIMEOUT_S / 2) * 1000))
-        answer = await self._redis.xreadgroup(GROUP, GROUP, {self._name: ">"}, count=n, block=block_ms)
+        answer = await self._redis.xreadgroup(GROUP, GROUP, {self.name: ">"}, count=n, block=block_ms)
         streams = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or []]
         return [entry for entries in streams for entry in entries]
 
     async def _make_group(self) -> None:
         try:
-            await self._redis.xgroup_create(self._name, GROUP, id="0", mkstream=True)
+            await self._redis.xgroup_create(self.name, GROUP, id="0", mkstream=True)
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):  # another recorder was faster
                 raise
 
     async def _bury(self, entry_id: bytes, fields: dict[bytes, bytes], error: str) -> None:
         async with boundary(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.xadd(f"{self._name}:dead", {**fields, b"error": error})  # type: ignore[dict-item]
-            pipe.xack(self._name, GROUP, entry_id)
-            pipe.xdel(self._name, entry_id)
+            pipe.xadd(f"{self.name}:dead", {**fields, b"error": error})  # type: ignore[dict-item]
+            pipe.xack(self.name, GROUP, entry_id)
+            pipe.xdel(self.name, entry_id)
             await pipe.execute()
 
 
