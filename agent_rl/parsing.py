@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
-from agent_rl.dialects import CallReader, Dialect
-from agent_rl.types import Message, ToolCall
+from agent_rl.calls import CallReader
+from agent_rl.dialects import Dialect
+from agent_rl.types import Json, Message, ToolCall
 
 THINK, THOUGHT = "<think>", "</think>"
 
@@ -35,14 +36,23 @@ class Parsed:
 
 
 class Reader:
-    """What an answer's text says. `dialect` None: nobody offered tools, so that calls are plain text; `thinks`: whether
-    the model marks reasoning; `thinking`: whether the prompt has opened it already.
+    """What an answer's text says. `dialect` None: nobody offered `tools`, so that calls are plain text; `thinks`:
+    whether the model marks reasoning; `thinking`: whether the prompt has opened it already.
 
     A call that cannot be read is text in the end; one that is cut off before its name is nothing.
     """
 
-    def __init__(self, stop: Sequence[str], dialect: Dialect | None, *, thinks: bool, thinking: bool) -> None:
+    def __init__(
+        self,
+        stop: Sequence[str],
+        dialect: Dialect | None,
+        *,
+        thinks: bool,
+        thinking: bool,
+        tools: Sequence[Json] = (),
+    ) -> None:
         self._stop, self._dialect, self._thinks = tuple(filter(None, stop)), dialect, thinks
+        self._tools = tools
         self._mode = "reasoning" if thinking else "text"
         self._held = ""  # may be the beginning of something else than text
         self._call: CallReader | None = None
@@ -89,9 +99,9 @@ class Reader:
         held = self._held = self._held.lstrip(self._skip) if self._skip else self._held
         if not held:
             return ""
-        bare = self._dialect is not None and not self._dialect.opening
-        if bare and (not self._began or self._skip) and held.lstrip()[:1] == "{":
-            self._mode, self._call = "call", CallReader()
+        dialect = self._dialect
+        if dialect and not dialect.opening and (not self._began or self._skip) and held.lstrip()[:1] == "{":
+            self._mode, self._call = "call", dialect.reader(self._tools)
             return ""
         at_start = not self._began and THINK.startswith(held.lstrip()[: len(THINK)])
         openings = [o for o in (THINK if self._thinks and at_start else "", self._opening()) if o]
@@ -103,7 +113,7 @@ class Reader:
                 self.stop_string = mark
                 return said
             self._mode = "reasoning" if mark == THINK else "call"
-            self._call = CallReader() if self._mode == "call" else None
+            self._call = dialect.reader(self._tools) if dialect and self._mode == "call" else None
             shown = said.rstrip() if said.strip() or self._mode == "call" else ""
             self._gap = said[len(shown) :]
             return shown
@@ -116,12 +126,16 @@ class Reader:
         return said
 
     def _think(self, last: bool) -> str:
-        thought, found, rest = self._held.partition(THOUGHT)
-        if found:
-            self._mode, self._held, self._began, self._skip = "text", rest, True, "\n"
-            return thought
-        keep = 0 if last else _overlap(self._held, (THOUGHT,))
-        thought, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        """Reasoning up to its end, or to a call that is made without ending it."""
+        marks = [mark for mark in (THOUGHT, self._opening()) if mark]
+        at, mark = min(((at, m) for m in marks if (at := self._held.find(m)) >= 0), default=(len(self._held), ""))
+        if not mark and not last:
+            at -= _overlap(self._held, marks)
+        thought, self._held = self._held[:at], self._held[at + len(mark) :]
+        if mark == THOUGHT:
+            self._mode, self._began, self._skip = "text", True, "\n"
+        elif mark and self._dialect:
+            self._mode, self._call = "call", self._dialect.reader(self._tools)
         return thought
 
     def _read_call(self, last: bool) -> list[CallDelta]:

@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from agent_rl.dialects import HERMES, dialect_of, spell_out, tool_grammar
-from agent_rl.parsing import THINK, Parsed, Reader
+from agent_rl.dialects import DIALECTS, HERMES, Dialect, spell_out, tool_grammar
+from agent_rl.parsing import THINK, THOUGHT, Parsed, Reader
 from agent_rl.types import Grammar, Json, Message, ToolCall
 
 Ids = tuple[int, ...]
@@ -49,23 +50,28 @@ class Renderer:
             raise RenderError(f"the tokenizer in {folder} has no chat template, so no conversation can be rendered")
         self._template = template
         self._tokenizer = template.backend_tokenizer
-        self._dialect = dialect_of(template.chat_template)
         self._thinks = THINK in template.chat_template
         self._specials = {t.content: i for i, t in template.added_tokens_decoder.items() if t.special}
         longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
         self._markup = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        self._knows_tools = self._shows_tools()
-        if not self._knows_tools:
-            self._dialect = HERMES
-        wholes = [self.encode(text) for text in map(self._text, PROBES)]  # special tokens are taken for such, still
+        native = self._native_dialect()
+        self._knows_tools, self._dialect = native is not None, native or HERMES
+        probes = [PROBES[0], *(probe for probe in PROBES[1:] if self._accepts(probe))]
+        wholes = [self.encode(text) for text in map(self._text, probes)]  # special tokens are taken for such, still
         self._tokenizer.encode_special_tokens = True  # from here on the tokenizer takes text for text
-        if wholes != [self._pieces(text) for text in map(self._text, PROBES)]:
+        if wholes != [self._pieces(text) for text in map(self._text, probes)]:
             raise RenderError(
                 f"the tokenizer in {folder} encodes text differently beside special tokens: not supported"
             )
-        self._closing, end = self._find_closing()
-        self.stop_ids = _stop_ids(folder, template.eos_token_id, end)
-        self.bridge_refusal = self._why_unproven(end)
+        closing = self._text(_PAST, opening=False).rpartition(ANSWER)[2]
+        first = self._markup.match(closing)
+        self._end = first[0] if first else ""  # the special token that the template puts behind an answer, if it does
+        self.stop_ids = _stop_ids(folder, template.eos_token_id, self._specials.get(self._end))
+        self.bridge_refusal = (
+            self._why_unproven(probes)
+            if first
+            else (f"the chat template puts no special token behind an answer but {closing!r}")
+        )
         self.bridge_proven = self.bridge_refusal is None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Ids:
@@ -93,7 +99,8 @@ class Renderer:
         """An incremental parser for one answer to a prompt that ends with `prompt_ids`; calls are parsed where `tools`
         were offered."""
         thinking = self._thinks and self.decode(prompt_ids[-8:]).rstrip().endswith(THINK)
-        reader = Reader(stop, self._dialect if tools else None, thinks=self._thinks, thinking=thinking)
+        dialect = self._dialect if tools else None
+        reader = Reader(stop, dialect, thinks=self._thinks, thinking=thinking, tools=tools)
         unseen = set(self._specials.values()) - {self._specials[m] for m in MARKUP if m in self._specials}
         return AnswerParser(self._tokenizer, self.stop_ids, unseen, reader)
 
@@ -118,6 +125,10 @@ class Renderer:
         """What the template writes; special tokens that messages spell out carry a guard behind their first letter."""
         if not self._knows_tools:
             messages, tools = spell_out(messages, tools), ()
+        return self._templated(messages, tools, opening=opening)
+
+    def _templated(self, messages: Sequence[Message], tools: Sequence[Json], *, opening: bool) -> str:
+        """Raises RenderError."""
         chat: Any = [_template_message(m) for m in messages]
         if self._spelled_out(chat):
             chat = self._guarded(chat)
@@ -155,48 +166,70 @@ class Renderer:
 
     # --------------------------------------------------------------------------------------------------- bridging
 
-    def _shows_tools(self) -> bool:
-        """Whether the template writes offered tools, calls and results."""
-        chat: Any = [_template_message(m) for m in _TOOLS]
+    def _native_dialect(self) -> Dialect | None:
+        """The dialect in which the template writes a call, proven by reading it; None where that is none of ours, or
+        where the template leaves out tools, calls or results."""
         try:
-            text = str(self._template.apply_chat_template(chat, tools=[_TOOL], tokenize=False))
-        except (TemplateError, TypeError, ValueError):
-            return False
-        return all(word in text for word in ("look_up", "teapot", "It is hot."))
+            prompt, call, whole = (self._templated(_TOOLS[:n], [_TOOL], opening=n == 1) for n in (1, 2, 3))
+        except RenderError:
+            return None
+        if _TOOLS[2].content not in whole or "look_up" not in prompt:
+            return None
+        said = self._markup.sub(lambda m: m[0] if m[0] in MARKUP else "", call[_shared(prompt, call) :])
+        return next((dialect for dialect in DIALECTS if self._reads(dialect, said)), None)
 
-    def _find_closing(self) -> tuple[str, int | None]:
-        """What the template writes behind an answer, and the special token that this begins with, if it does."""
-        text = self._text(_PAST, opening=False)
-        closing = text.rpartition(ANSWER)[2]
-        first = self._markup.match(closing)
-        return closing, self._specials[first[0]] if first else None
+    def _reads(self, dialect: Dialect, said: str) -> bool:
+        reader = Reader((), dialect, thinks=self._thinks, thinking=False, tools=[_TOOL])
+        reader.push(said, last=True)
+        calls = [(call.name, _arguments(call.arguments)) for call in reader.answer().tool_calls]
+        return calls == [(_CALL.name, _arguments(_CALL.arguments))]
+
+    def _accepts(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> bool:
+        try:
+            self._text(messages, tools)
+        except RenderError:
+            return False
+        return True
 
     def _extend(self, past_ids: Sequence[int], new: Sequence[Message], tools: Sequence[Json] = ()) -> Ids | None:
         """What the template writes behind an answer that `new` follows, without what `past_ids` has of it already."""
-        tail = self._text([*_PAST, *new], tools).rpartition(ANSWER)[2]
-        if not tail.startswith(self._closing):
+        past = _CALLING if new and new[0].role == "tool" else _PAST
+        tail = self._text([*past, *new], tools).rpartition(ANSWER)[2]
+        at = tail.find(self._end)
+        if at < 0 or (at > 0 and past is _PAST):
             return None
-        closing = self._pieces(tail)
+        closing = self._pieces(tail[at:])
         if past_ids[-1] == closing[0]:
             return closing[1:]
         return None if past_ids[-1] in self.stop_ids else closing
 
-    def _why_unproven(self, end: int | None) -> str | None:
+    def _why_unproven(self, probes: Sequence[Sequence[Message]]) -> str | None:
         """Bridges the probes in every way that an answer may end, and compares with rendering everything."""
-        if end is None:
-            return f"the chat template puts no special token behind an answer but {self._closing!r}"
-        for probe in PROBES:
+        end = self._specials[self._end]
+        for probe in probes:
             for at in (i for i, m in enumerate(probe) if m.role == "assistant" and i + 1 < len(probe)):
                 prompt, said = self._pieces(self._text(probe[:at])), self.encode(probe[at].content)
                 everything = self._pieces(self._text(probe))
                 for past in ((*prompt, *said, end), (*prompt, *said)):
                     tail = self._extend(past, probe[at + 1 :])
-                    if tail is None or (*past, *tail) != everything:
+                    if tail is None or not self._same(prompt, (*past, *tail)[len(prompt) :], everything):
                         return f"extending an answer does not give what the chat template gives for {probe!r}"
-        everything, tail = self._pieces(self._text(_TOOLS, [_TOOL])), self._extend((end,), _TOOLS[2:], [_TOOL])
-        if tail is None or everything[-len(tail) - 1 :] != (end, *tail):
-            return "extending a tool call by its results does not give what the chat template gives"
+        for probe in (probe for probe in (_TOOLS, _TWO_TOOLS) if self._accepts(probe, [_TOOL])):
+            everything, tail = self._pieces(self._text(probe, [_TOOL])), self._extend((end,), probe[2:], [_TOOL])
+            if tail is None or everything[-len(tail) - 1 :] != (end, *tail):
+                return "extending a tool call by its results does not give what the chat template gives"
         return None
+
+    def _same(self, prompt: Ids, behind: Ids, everything: Ids) -> bool:
+        """Whether `prompt` and what comes `behind` it are `everything`. One thing may differ: templates of models that
+        think leave out of the past the thought that their own opening of an answer begins, and what was sampled stays.
+        """
+        past = everything[: len(everything) - len(behind)]
+        if everything[len(past) :] != behind:
+            return False
+        shared = _shared(prompt, past)
+        rests = [self.decode(ids[shared:]) for ids in (prompt, past)]
+        return prompt == past or (self._thinks and all(map(NO_THOUGHT.fullmatch, rests)))
 
 
 class AnswerParser:
@@ -275,19 +308,27 @@ _TOOL: Json = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
     },
 }
-_CALL = ToolCall("call_1", "look_up", '{"word": "teapot"}')
-_TOOLS = (
-    Message("user", "What is in it?"),
-    Message("assistant", "", tool_calls=(_CALL,)),
-    Message("tool", "It is hot.", tool_call_id="call_1", name="look_up"),
+_CALL = ToolCall("call_0001", "look_up", '{"word": "teapot"}')
+_OTHER = ToolCall("call_0002", "look_up", '{"word": "kettle"}')
+_RESULTS = tuple(
+    Message("tool", said, tool_call_id=c.id, name=c.name) for c, said in ((_CALL, "It is hot."), (_OTHER, "Cold"))
 )
-MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # seen, even where a tokenizer calls them special
+_TOOLS = (Message("user", "What is in it?"), Message("assistant", "", tool_calls=(_CALL,)), _RESULTS[0])
+_TWO_TOOLS = (_TOOLS[0], Message("assistant", "", tool_calls=(_CALL, _OTHER)), *_RESULTS)
+_CALLING = (_PAST[0], Message("assistant", "", tool_calls=(replace(_CALL, arguments=json.dumps({"word": ANSWER})),)))
+MARKUP = (THINK, THOUGHT, HERMES.opening, HERMES.closing)  # seen, even where a tokenizer calls them special
+NO_THOUGHT = re.compile(f"\\s*({THINK}\\s*)?({THOUGHT}\\s*)?")
 PROBES: tuple[tuple[Message, ...], ...] = (
     (*_FIRST, _LAST),
     (_SYSTEM, *_FIRST, _LAST),
     (_SYSTEM, *_FIRST, *_SECOND, _LAST),
     (*_FIRST, *_SECOND, _LAST, Message("assistant", "7"), Message("user", "x")),
 )
+
+
+def _shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """Length of what both begin with."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _template_message(message: Message) -> Json:

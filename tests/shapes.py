@@ -93,12 +93,44 @@ LLAMA = """
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 
+XML = """
+{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
+{%- set ns = namespace(last_query=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{%- set ns.last_query = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last_query %}
+            {{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content | trim }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {{- '\\n\\n<tool_call>\\n<function=' + tool_call.function.name + '>\\n' }}
+            {%- for name, value in tool_call.function.arguments | items %}
+                {{- '<parameter=' + name + '>\\n' + (value | string) + '\\n</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</function>\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.previtem and loop.previtem.role != "tool" %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != "tool" %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + (message.content | trim) + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}
+"""
+
 LLAMA_SPECIALS = ("<|unknown|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
-SHAPES = ("chatml", "qwen", "llama")
+SHAPES = ("chatml", "qwen", "xml", "llama")
 
 
 def make_shape(name: str, folder: Path) -> Path:
     """One of SHAPES."""
     if name == "llama":
         return make_model(folder, template=LLAMA, specials=LLAMA_SPECIALS)
-    return make_model(folder, template={"chatml": CHATML, "qwen": QWEN}[name])
+    return make_model(folder, template={"chatml": CHATML, "qwen": QWEN, "xml": XML}[name])

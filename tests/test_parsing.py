@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from agent_rl.dialects import HERMES, LLAMA, Dialect
+from agent_rl.dialects import HERMES, LLAMA, XML, Dialect
 from agent_rl.parsing import CallDelta, Parsed, Reader
+from agent_rl.types import Json
 
 LOOK = '<tool_call>\n{"name": "look", "arguments": {"at": "}\\"", "deep": [1, {"x": 2}]}}\n</tool_call>'
 ARGUMENTS = '{"at": "}\\"", "deep": [1, {"x": 2}]}'
@@ -19,9 +20,10 @@ def read(
     thinks: bool = True,
     thinking: bool = False,
     stop: tuple[str, ...] = (),
+    tools: tuple[Json, ...] = (),
 ) -> tuple[str, str, list[tuple[str, str]], Reader]:
     """(text, reasoning, calls as (name, arguments)) put together from what was pushed; the reader."""
-    reader = Reader(stop, dialect, thinks=thinks, thinking=thinking)
+    reader = Reader(stop, dialect, thinks=thinks, thinking=thinking, tools=tools)
     pieces = [reader.push(text[at : at + size]) for at in range(0, len(text), size)] + [reader.push("", last=True)]
     calls: list[tuple[str, str]] = []
     for delta in (delta for piece in pieces for delta in piece.calls):
@@ -72,6 +74,11 @@ def test_a_thought_that_the_prompt_opened() -> None:
     assert read("Hm.\n</think>\n\nYes", thinking=True)[:2] == ("Yes", "Hm.\n")
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_call_ends_a_thought_that_nothing_else_ended(size: int) -> None:
+    assert read(f"Hm.\n{LOOK}", size, thinking=True)[:3] == ("", "Hm.\n", [("look", ARGUMENTS)])
+
+
 def test_a_stop_string_ends_everything() -> None:
     said, _, calls, reader = read(f"One. EN END {LOOK}", stop=("END",))
     assert (said, calls, reader.stop_string) == ("One. EN ", [], "END")
@@ -89,6 +96,38 @@ def test_a_stop_string_ends_everything() -> None:
 )
 def test_llama_writes_bare_json(text: str, said: str, calls: list[tuple[str, str]], size: int) -> None:
     assert read(text, size, dialect=LLAMA)[::2] == (said, calls)
+
+
+WRITE: Json = {
+    "type": "function",
+    "function": {
+        "name": "write",
+        "parameters": {"properties": {"text": {"type": ["string", "null"]}, "n": {"type": "integer"}, "on": {}}},
+    },
+}
+
+
+def xml(*parameters: tuple[str, str], name: str = "write") -> str:
+    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters)
+    return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        (xml(("text", "12"), ("n", "12")), "", [("write", '{"text": "12", "n": 12}')]),
+        (xml(("text", "a\n </p> é\n"), ("on", "True")), "", [("write", '{"text": "a\\n </p> é\\n", "on": true}')]),
+        (xml(("on", '{"a": [1]}')), "", [("write", '{"on": {"a": [1]}}')]),
+        (xml(("on", "NaN"), ("n", "many")), "", [("write", '{"on": "NaN", "n": "many"}')]),
+        (f"So.\n\n{xml()}\n{xml(name='look')}", "So.", [("write", "{}"), ("look", "{}")]),
+        ("<tool_call>\n<function=write>\n<parameter=text>\nhalf", "", [("write", "")]),
+        ("<tool_call>\n<function=wri", "", []),
+        ("<tool_call>\nnone\n</tool_call>", "<tool_call>\nnone\n</tool_call>", []),
+    ],
+)
+def test_parameters_in_xml_become_json(text: str, said: str, calls: list[tuple[str, str]], size: int) -> None:
+    assert read(text, size, dialect=XML, tools=(WRITE,))[::2] == (said, calls)
 
 
 def test_a_name_is_told_before_its_arguments_end() -> None:
