@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import make_shape
 from tiny import make_model
 from transformers import PreTrainedTokenizerFast
 
 from agent_rl.rendering import Renderer, RenderError
-from agent_rl.types import Message
+from agent_rl.types import Json, Message
 
 USER, ANSWER, REPLY = Message("user", "What is tea?"), Message("assistant", "A drink."), Message("user", "Too long.")
 START, END = 1, 2
@@ -165,3 +167,69 @@ def test_pieces_make_the_whole(renderer: Renderer, text: str, cuts: list[int]) -
         out += parser.push(ids[:n]).text
         ids = ids[n:]
     assert out + parser.push(ids).text + parser.finish().text == text
+
+
+# ------------------------------------------------------------------------------------------------ odd templates
+
+TOOL: Json = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CHATTY = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_a_template_that_refuses_systems_serves_everything_else(tmp_path: Path) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    renderer = with_template(tmp_path, refuse + CHATTY + OPENING)
+    assert renderer.bridge_refusal is None
+    with pytest.raises(RenderError, match="no system"):
+        renderer.render([Message("system", "Be terse."), USER])
+
+
+def test_an_end_of_everything_behind_the_end_of_an_answer_is_no_part_of_it(tmp_path: Path) -> None:
+    renderer = with_template(tmp_path, CHATTY + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}" + OPENING)
+    assert renderer.bridge_refusal is None
+    past = (*renderer.render([USER]), *renderer.encode("A drink."), END)
+    assert (*past, *(renderer.bridge(past, [REPLY]) or ())) == renderer.render([USER, ANSWER, REPLY])
+
+
+def test_a_template_that_wants_a_call_before_a_result_is_shown_one(tmp_path: Path) -> None:
+    renderer = with_template(
+        tmp_path,
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}{% if m.role == 'tool' and not "
+        "messages[loop.index0 - 1].tool_calls %}{{ raise_exception('a result of no call') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+        '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+        "{% endfor %}<|im_end|>{% endfor %}" + OPENING,
+    )
+    assert renderer.bridge_refusal is None
+    tail = renderer.bridge((1, 5, END), [Message("tool", "A door.")], [TOOL])
+    assert renderer.decode(tail or ()) == "<|im_start|>tool\nA door.<|im_end|><|im_start|>assistant\n"
+
+
+def test_a_template_whose_calls_nobody_here_reads_gets_tools_spelled_out(tmp_path: Path) -> None:
+    calls = "{% for call in m.tool_calls or [] %}CALL {{ call.function.name }}(teapot){% endfor %}"
+    template = "{{ tools | tojson if tools else '' }}" + CHATTY.replace("<|im_end|>", calls + "<|im_end|>") + OPENING
+    renderer = with_template(tmp_path, template)
+    text = renderer.decode(renderer.render([USER], [TOOL]))
+    assert text.startswith("<|im_start|>system\n# Tools")
+    assert "<tools>" in text
+
+
+DIALECTS = {
+    "qwen": ('<tool_call>\n{"name": "look", "arguments": ', "json_schema", "}\n</tool_call>", False),
+    "xml": ("<tool_call>\n<function=look>\n", "qwen_xml_parameter", "</function>\n</tool_call>", False),
+    "llama": ('{"name": "look", "parameters": ', "json_schema", "}", True),  # which knows one call at a time
+}
+
+
+@pytest.mark.parametrize("shape", DIALECTS)
+def test_the_grammar_of_a_call_is_in_the_models_own_dialect(tmp_path: Path, shape: str) -> None:
+    renderer = Renderer(make_shape(shape, tmp_path / "model"))
+    form = json.loads(renderer.tool_grammar([TOOL], "=look", parallel=True).text)["format"]
+    begin, content, end, alone = DIALECTS[shape]
+    schema = {"type": "object", "properties": {}}
+    assert form["tags"] == [
+        {"type": "tag", "begin": begin, "content": {"type": content, "json_schema": schema}, "end": end}
+    ]
+    assert form["stop_after_first"] is alone
+    with pytest.raises(RenderError, match="no tool 'go'"):
+        renderer.tool_grammar([TOOL], "=go", parallel=True)
