@@ -29,7 +29,7 @@ class Door:
     def __init__(self, directory: Directory, settings: GatewaySettings) -> None:
         self._directory, self._settings = directory, settings
 
-    async def caller(self, request: Request, scope: str) -> Caller:
+    async def caller(self, request: HTTPConnection, scope: str) -> Caller:
         """Raises Refusal: 401 without a good key, 403 where the key lacks `scope`."""
         secret = secret_of(request)
         if secret is None and not self._settings.require_key and self._settings.host in LOOPBACK:

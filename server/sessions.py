@@ -74,18 +74,22 @@ class Sessions:
     async def place(self, conversation: Conversation, tenant: Tenant, api_key_id: str | None, policy_id: str) -> Place:
         """Never fails: what cannot be found is a fork with its reason."""
         own_id, messages = conversation.session_id, conversation.messages
+        ours = own_id if own_id and own_id.startswith(OURS) else None  # given back: it is where it is found again
+        own_id = None if ours else own_id
         session_id = derive_session_id(tenant.tenant_id, api_key_id, conversation.end_user, own_id) if own_id else None
         scope = scope_of(conversation, tenant, api_key_id, policy_id, session_id)
         key = tenant.hmac_key
         chains = chains_of(key, scope, messages)
         answered = [c for c, m in zip(chains, messages, strict=True) if m.role == "assistant"][::-1]
         heads, lost = await self._find(tenant, scope, answered, own_id is None) if answered else ((), False)
+        heads = tuple(head for head in heads if head.session_id == ours) if ours else heads
         parent = heads[-1] if len({(head.session_id, head.ids) for head in heads}) == 1 else None
         thoughts, tools = thoughts_of(key, messages), tools_mark(key, conversation.tools)
         if session_id:
             rule = conversation.session_rule or "x-session-id"
         else:
-            session_id, rule = (parent.session_id, "prefix") if parent else (OURS + secrets.token_hex(16), "new")
+            rule = conversation.session_rule if ours and conversation.session_rule else "prefix"
+            session_id, rule = (parent.session_id, rule) if parent else (OURS + secrets.token_hex(16), "new")
         if parent:
             reason = _changed(parent, messages, thoughts_of(key, messages[: parent.n_messages]), tools)
         elif heads:

@@ -15,6 +15,8 @@ CORE = [
     "rendering",
     "engine",
     "models",
+    "parsing",
+    "dialects",
     "hindsight",
     "samples",
     "objectives",
