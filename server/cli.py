@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agent_rl.settings import Settings, SettingsError, explain, load
+from server import cli_tenants
 from server.launch import LaunchError, read_settings
 from server.redaction import Redacting
 
@@ -137,7 +138,7 @@ def connect(
     """An endpoint on this machine that speaks through one socket with a server elsewhere."""
     from server import connect as tunnel
 
-    logging.basicConfig(level="INFO", stream=sys.stderr)
+    logging.basicConfig(level="WARNING", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if host not in ("127.0.0.1", "::1", "localhost"):
@@ -177,6 +178,9 @@ def with_store(home: Path | None, work: Callable[[Any, Settings], Awaitable[None
             await store.close()
 
     asyncio.run(connected())
+
+
+cli_tenants.add_commands(app, with_store, console)
 
 
 @releases_app.command("list")

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
-from server.refusal import Refusal, openai_error
+from server.refusal import Refusal, error_response
 
 LONGEST_BODY = 16 * 2**20
 PATIENCE_S = 60.0  # how long a request waits for the server before it is answered 503
@@ -198,7 +198,7 @@ def create_app(bridge: Bridge, patience_s: float = PATIENCE_S) -> ASGIApp:
             await _wait(bridge, patience_s)
             await _relay(bridge, scope, body, receive, send)
         except Refusal as refusal:
-            await openai_error(refusal)(scope, receive, send)
+            await error_response(scope["path"], refusal)(scope, receive, send)
 
     return app
 

@@ -89,7 +89,7 @@ def with_session(scope: Scope) -> Scope:
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
-    """In OpenAI's shape; a WebSocket's handshake gets it where the server can say so, else is turned down."""
+    """In the shape of its path; a WebSocket's handshake gets it where the server can say so, else is turned down."""
     if scope["type"] == "http":
         await error_response(scope["path"], refusal)(scope, receive, send)
     elif "websocket.http.response" in scope.get("extensions", {}):
