@@ -138,6 +138,27 @@ MESSAGES = thing(
     metadata=thing(user_id=MAY_BE_TEXT),
     thinking=OBJECT,
 )
+RESPONSES = thing(
+    "model input",
+    model=TEXT,
+    input={"anyOf": [TEXT, many(OBJECT, minItems=1)]},
+    instructions=MAY_BE_TEXT,
+    previous_response_id=MAY_BE_TEXT,
+    max_output_tokens=COUNT,
+    temperature=number(0, 2),
+    top_p=number(1e-6, 1),
+    stream=FLAG,
+    store=FLAG,
+    tools=many(thing("type", type=TEXT, name={**TEXT, "maxLength": 128}, parameters=OBJECT)),
+    tool_choice={"anyOf": [one_of("auto", "none", "required"), OBJECT]},
+    parallel_tool_calls=FLAG,
+    text=thing(format=thing("type", type=one_of("text", "json_object", "json_schema"), schema=OBJECT)),
+    metadata=OBJECT,
+    user=text(256),
+    safety_identifier=text(256),
+    prompt_cache_key=text(256),
+)
+RESPONSE = thing("id object model output", id=TEXT, object=TEXT, model=TEXT, output=many(OBJECT))
 FEEDBACK = thing(
     id=text(128),
     turn_id=text(64),
@@ -190,6 +211,13 @@ OPERATIONS: dict[str, Operation] = {
         OF_AN_ANSWER,
         MESSAGES,
         query=("beta",),
+    ),
+    "POST /v1/responses": Operation(
+        "OpenAI's responses; upgraded, a WebSocket", {200: RESPONSE}, OF_AN_ANSWER, RESPONSES, stream=True
+    ),
+    "GET /v1/responses/{response_id}": Operation("A stored response", {200: RESPONSE}, (*EVERYWHERE, 404)),
+    "GET /v1/responses/{response_id}/input_items": Operation(
+        "What it answered", {200: thing("data", data=many(OBJECT))}, (*EVERYWHERE, 404)
     ),
     "POST /v1/feedback": Operation(
         "What somebody says of an answer: of one turn or one session; an upsert by `id`",

@@ -23,11 +23,11 @@ from agent_rl import judge, learner
 from agent_rl.experience import lineage, recorder
 from agent_rl.experience.store import Store, migrate
 from agent_rl.experience.tables import lesson_uses, turns
+from agent_rl.experience.tenancy import hash_key
 from agent_rl.models import base_hash
 from agent_rl.settings import Settings, load
 from agent_rl.types import BASE_RELEASE, ReleaseState
 from server import app, publisher
-from agent_rl.experience.tenancy import hash_key
 from server.engines import torch_engine
 
 LENIENT = {
