@@ -107,7 +107,8 @@ async def _open(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> 
         metrics=metrics,
     )
     stack.push_async_callback(core.close)
-    await stack.enter_async_context(_running(graves.watch(store, core, journal, max(gateway.cache_s, GRAVES_S))))
+    watching = graves.watch(store, stream, core, journal, max(gateway.cache_s, GRAVES_S))
+    await stack.enter_async_context(_running(watching))
     door = Door(directory, gateway)
     outbox = Outbox(
         settings.redis_url, settings.store.stream, ttl_s=gateway.outbox_ttl_s, grace_s=gateway.outbox_grace_s

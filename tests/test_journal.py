@@ -244,3 +244,19 @@ def test_kill_9_loses_no_acknowledged_record(tmp_path: Path) -> None:
         assert sorted(found) == list(range(1, len(found) + 1))
         assert {seq: found.get(seq) for seq in acknowledged} == acknowledged
         assert len(acknowledged) >= after_lines
+
+
+async def test_turned_over_in_the_middle_records_keep_their_numbers_and_the_old_segment_can_go(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, segment_bytes=2**20)
+    work = (journal.append(make_turn("a")), journal.turn_over(), journal.append(make_turn("b")))
+    first, _, second = await asyncio.gather(*work)
+    await journal.turn_over()
+    await journal.turn_over()  # nothing new: no further segment
+    third = await journal.append(make_turn("c"))
+    assert [first.seq, second.seq, third.seq] == [1, 2, 3]
+    journal.trim(2)
+    assert [arrival.seq for arrival in journal.replay(0)] == [3]
+    assert len(list(tmp_path.glob("*.segment"))) == 1
+    await journal.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await journal.turn_over()

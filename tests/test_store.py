@@ -12,6 +12,7 @@ from nouns import answer, make_child, make_feedback, make_turn, user
 from sqlalchemy import Table, func, select
 
 from agent_rl.experience.arrays import pack_floats, pack_ids, unpack_floats, unpack_ids
+from agent_rl.experience.burial import mark
 from agent_rl.experience.rows import turn_of, turn_row
 from agent_rl.experience.store import Refused, Store, StoreUnavailable
 from agent_rl.experience.tables import arrivals, dead_letters, feedback, sessions, tombstones, turns
@@ -128,13 +129,21 @@ async def test_sessions_span_their_turns(any_store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("turn", "t1"), ("session", "s1"), ("subject", "acme:anna"), ("tenant", "acme")]
+    ("kind", "target"),
+    [
+        ("turn", "t1"),
+        ("session", "s1"),
+        ("subject", mark("acme", "anna")),
+        ("name", mark("acme", "mine")),
+        ("tenant", "acme"),
+    ],
 )
 async def test_what_was_deleted_does_not_come_back(store: Store, kind: str, target: str) -> None:
     async with store.write() as connection:
-        await connection.execute(tombstones.insert(), {"kind": kind, "target_id": target, "created_at": 4e9})
-    other = make_turn("t2", session_id="s2", tenant_id="other", subject="anna")
-    assert await store.record(arriving(make_turn("t1", subject="anna"), other)) == {"j1": 2}
+        await connection.execute(tombstones.insert(), {"kind": kind, "target_id": target, "created_at": 101.0})
+    other = make_turn("t2", session_id="s2", tenant_id="other", subject="anna", client_session_id="mine")
+    mine = make_turn("t1", subject="anna", client_session_id="mine")
+    assert await store.record(arriving(mine, other)) == {"j1": 2}
     async with store.read() as connection:
         assert (await connection.execute(select(turns.c.turn_id))).scalars().all() == ["t2"]
 

@@ -11,8 +11,12 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, event, make_url, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.dialects.sqlite.dml import Insert
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.sql.schema import Table
 
 BUSY_S = 30.0  # how long a writer waits for another one on SQLite
 MIGRATION_LOCK = 7_306_052_114  # any number: what two migrating processes meet at on PostgreSQL
@@ -50,12 +54,21 @@ def connect(url: str) -> AsyncEngine:
 
 
 async def empty_log(engine: AsyncEngine) -> None:
-    """Move SQLite's write-ahead log into the file and empty it, so that no deleted page is left there."""
-    if engine.dialect.name == "sqlite":
+    """Move SQLite's write-ahead log into the file and empty it, so that no deleted page is left there.
+
+    Raises StoreUnavailable where others read for too long: the log is as it was.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    try:
         async with engine.connect() as connection:
             await connection.exec_driver_sql("ROLLBACK")
-            await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
             await connection.exec_driver_sql("BEGIN")
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"SQLite's log cannot be emptied now: {error}") from error
+    if busy:
+        raise StoreUnavailable("SQLite's log cannot be emptied while others read: what was deleted is still in it")
 
 
 def writer(engine: AsyncEngine) -> AsyncEngine:
@@ -114,3 +127,10 @@ def check_revision(connection: Connection) -> None:
             f"the database {connection.engine.url.render_as_string()} has schema revision {found}, this version needs "
             f"{expected}: run `agent-rl serve`, which migrates it, or call agent_rl.experience.store.migrate"
         )
+
+
+def insert(connection: AsyncConnection, table: Table) -> Insert:
+    """INSERT that knows ON CONFLICT, which both databases have under two names."""
+    if connection.dialect.name == "postgresql":
+        return postgresql_insert(table)  # type: ignore[return-value]  # same methods, no common base
+    return sqlite_insert(table)

@@ -19,7 +19,7 @@ import threading
 import uuid
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from agent_rl.experience.codec import decode, encode
 from agent_rl.types import Arrival, Feedback, Turn
 
 HEADER = struct.Struct("<II")  # length, crc32
+TURN_OVER = b""  # no record, but the wish for a new segment
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -110,10 +111,12 @@ class Journal:
             del self._segments[0]
 
     async def turn_over(self) -> None:
-        """Begin a new segment, so that the one so far can be trimmed. Raises OSError where that cannot be made."""
+        """Begin a new segment, so that the one so far can be trimmed. Raises as `append` does."""
+        if self._closed:
+            raise RuntimeError(f"the journal in {self._folder} is closed")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[int] = loop.create_future()
-        self._queue.put((b"", done, loop))
+        self._queue.put((TURN_OVER, done, loop))
         await done
 
     async def close(self) -> None:
@@ -145,15 +148,15 @@ class Journal:
                 group.append(self._queue.get())
             open_for_more = None not in group
             waiting = [one for one in group if one is not None]
-            if waiting:
-                self._commit(waiting)
+            if records := [one for one in waiting if one[0] != TURN_OVER]:
+                self._commit(records, self._write)
+            if turning := [one for one in waiting if one[0] == TURN_OVER]:
+                self._commit(turning, self._turn_over)
 
-    def _commit(self, group: list[Waiting]) -> None:
+    def _commit(self, group: list[Waiting], do: Callable[[list[bytes]], int]) -> None:
         """All of the group or nothing; whoever waits hears of it."""
         try:
-            first = self._write([record for record, _, _ in group if record])
-            if any(not record for record, _, _ in group) and self._segments[-1].size:
-                self._next_segment()
+            first = do([record for record, _, _ in group])
         except OSError as error:
             reason = JournalFull(error.errno, f"the journal in {self._folder} takes no more: {error.strerror}")
             failure: OSError = reason if error.errno in FULL else error
@@ -181,6 +184,11 @@ class Journal:
             segment.starts.append(segment.size)
             segment.size += len(record)
         return first
+
+    def _turn_over(self, _: list[bytes]) -> int:
+        if self._segments[-1].size:
+            self._next_segment()
+        return self._segments[-1].first
 
     def _next_segment(self) -> None:
         segment = _make_segment(self._folder, self._segments[-1].end)

@@ -30,12 +30,12 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     store: Store | None = None
     try:
         store = await persist(lambda: Store.open(settings.database_url), stop)
-        swept = 0.0
+        sweep_at = 0.0
         while store is not None and not stop.is_set():
             await step(store, stream, settings.store.recorder_batch, stop)
-            if time.monotonic() - swept > SWEEP_S:
-                await persist(partial(deletion.sweep, store, stream), stop)
-                swept = time.monotonic()
+            if time.monotonic() >= sweep_at:
+                n_swept = await persist(partial(deletion.sweep, store, stream), stop)
+                sweep_at = time.monotonic() + (0.0 if n_swept == deletion.SWEPT else SWEEP_S)
     finally:
         await stream.close()
         if store is not None:

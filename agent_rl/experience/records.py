@@ -11,13 +11,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from sqlalchemy import ColumnElement, FromClause, case, delete, func, or_, select, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.dialects.sqlite.dml import Insert
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql.schema import Table
 
+from agent_rl.experience import burial
 from agent_rl.experience.database import Refused
+from agent_rl.experience.database import insert as insert
 from agent_rl.experience.rows import feedback_row, turn_row
 from agent_rl.experience.tables import (
     arrivals,
@@ -27,17 +25,9 @@ from agent_rl.experience.tables import (
     json_length,
     policies,
     sessions,
-    tombstones,
     turns,
 )
 from agent_rl.types import Arrival, Feedback, Turn
-
-
-def insert(connection: AsyncConnection, table: Table) -> Insert:
-    """INSERT that knows ON CONFLICT, which both databases have under two names."""
-    if connection.dialect.name == "postgresql":
-        return postgresql_insert(table)  # type: ignore[return-value]  # same methods, no common base
-    return sqlite_insert(table)
 
 
 def of_the_conversation(turn: FromClause = turns) -> ColumnElement[bool]:
@@ -58,9 +48,9 @@ def follows(child: FromClause, parent: FromClause) -> ColumnElement[bool]:
 async def write_arrivals(connection: AsyncConnection, batch: Sequence[Arrival]) -> dict[str, int]:
     """Everything that `batch` says and SQL does not have yet. Returns journal id → new watermark."""
     fresh = await _not_seen(connection, batch)
-    alive = await _not_deleted(connection, [arrival.body for arrival in fresh])
-    said = [await _upsert_feedback(connection, body) for body in alive if isinstance(body, Feedback)]
-    new = await _insert_turns(connection, [body for body in alive if isinstance(body, Turn)])
+    answered, spoken = await _not_deleted(connection, fresh)
+    said = [await _upsert_feedback(connection, body) for body in spoken]
+    new = await _insert_turns(connection, answered)
     await _make_subject_policies(connection, new)
     await _upsert_sessions(connection, new)
     await _place_session_feedback(connection, {body.session_id for body in [*new, *said] if body and body.session_id})
@@ -121,24 +111,18 @@ async def _not_seen(connection: AsyncConnection, batch: Sequence[Arrival]) -> li
     return list(unseen.values())
 
 
-def _targets(body: Turn | Feedback) -> set[tuple[str, str]]:
-    """What a tombstone that covers this record is called: (kind, target_id)."""
-    targets = {("tenant", body.tenant_id)}
-    if body.session_id:
-        targets.add(("session", body.session_id))
-    if body.turn_id:
-        targets.add(("turn", body.turn_id))
-    if isinstance(body, Turn) and body.subject:
-        targets.add(("subject", f"{body.tenant_id}:{body.subject}"))
-    return targets
-
-
-async def _not_deleted(connection: AsyncConnection, bodies: Sequence[Turn | Feedback]) -> list[Turn | Feedback]:
-    """The records of which nothing was deleted since."""
-    names = sorted({target_id for body in bodies for _, target_id in _targets(body)})
-    query = select(tombstones).where(tombstones.c.target_id.in_(names))
-    deleted = {(row.kind, row.target_id): row.created_at for row in await connection.execute(query)}
-    return [b for b in bodies if all(deleted.get(target, 0.0) < b.created_at for target in _targets(b))]
+async def _not_deleted(connection: AsyncConnection, fresh: Sequence[Arrival]) -> tuple[list[Turn], list[Feedback]]:
+    """The records of which nothing was deleted. A turn that comes too late takes what was said of it along, and
+    gateways hear of it, so that neither their memory, Redis nor their journals keep it."""
+    answered = [arrival.body for arrival in fresh if isinstance(arrival.body, Turn)]
+    recorded = await burial.alive(connection, answered)
+    kept = {turn.turn_id for turn in recorded}
+    late = {turn.turn_id: turn.session_id for turn in answered if turn.turn_id not in kept}
+    if late:
+        await connection.execute(delete(feedback).where(feedback.c.turn_id.in_(sorted(late))))
+        await burial.bury(connection, [grave for t, s in late.items() for grave in (("turn", t), ("late", s))])
+    said = [arrival.body for arrival in fresh if isinstance(arrival.body, Feedback)]
+    return recorded, await burial.alive(connection, said)
 
 
 async def _insert_turns(connection: AsyncConnection, batch: Sequence[Turn]) -> list[Turn]:
@@ -200,6 +184,7 @@ async def _upsert_sessions(connection: AsyncConnection, new: Sequence[Turn]) -> 
             {
                 "session_id": turn.session_id,
                 "tenant_id": turn.tenant_id,
+                "client_session_id": turn.client_session_id,
                 "api_key_id": turn.api_key_id,
                 "subject": turn.subject,
                 "created_at": turn.created_at,

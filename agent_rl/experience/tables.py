@@ -123,6 +123,7 @@ sessions = Table(
     _time("last_turn_at"),
     _time("closed_at", nullable=True),
     Index("ix_sessions_tenant_subject", "tenant_id", "subject"),
+    Index("ix_sessions_client", "tenant_id", "client_session_id"),
     Index(
         "ix_sessions_open",
         "last_turn_at",
@@ -228,7 +229,7 @@ dead_letters = (
 tombstones = Table(
     "tombstones",
     metadata,
-    Column("kind", String(16), primary_key=True),  # session | turn | subject | tenant
+    Column("kind", String(16), primary_key=True),  # session | turn | subject | tenant | name | late: see burial.py
     Column("target_id", String(256), primary_key=True),
     _time("created_at"),
     Index("ix_tombstones_created", "created_at"),

@@ -39,11 +39,13 @@ def upgrade() -> None:
         table.create_unique_constraint(op.f(NEW), ["policy_id", "tenant_id", "subject", "text"])
     is_open = sa.text("closed_at IS NULL")
     op.create_index("ix_sessions_open", "sessions", ["last_turn_at"], sqlite_where=is_open, postgresql_where=is_open)
+    op.create_index("ix_sessions_client", "sessions", ["tenant_id", "client_session_id"])
     op.create_index("ix_tombstones_created", "tombstones", ["created_at"])
 
 
 def downgrade() -> None:
     op.drop_index("ix_tombstones_created", "tombstones")
+    op.drop_index("ix_sessions_client", "sessions")
     op.drop_index("ix_sessions_open", "sessions")
     with op.batch_alter_table("preferences") as table:
         table.drop_constraint(op.f(NEW), type_="unique")
