@@ -60,11 +60,17 @@ class Gateway:
 
 @asynccontextmanager
 async def running_gateway(
-    model: Path, redis_url: str, home: Path, *, script: dict[str, Any] | None = None, **options: object
+    model: Path,
+    redis_url: str,
+    home: Path,
+    *,
+    script: dict[str, Any] | None = None,
+    max_context: int = 1024,
+    **options: object,
 ) -> AsyncIterator[Gateway]:
     """`options`: settings of the gateway, by name."""
     async with AsyncExitStack() as stack:
-        engine = scripted.ScriptedEngine(model, scripted.Script.model_validate(script or {}), 1024)
+        engine = scripted.ScriptedEngine(model, scripted.Script.model_validate(script or {}), max_context)
         engine_server = await stack.enter_async_context(AsyncExitStack())
         engine_url = await engine_server.enter_async_context(serving(protocol.create_app(engine, None)))
         settings = load(
