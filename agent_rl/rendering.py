@@ -67,11 +67,8 @@ class Renderer:
         first = self._markup.match(closing)
         self._end = first[0] if first else ""  # the special token that the template puts behind an answer, if it does
         self.stop_ids = _stop_ids(folder, template.eos_token_id, self._specials.get(self._end))
-        self.bridge_refusal = (
-            self._why_unproven(probes)
-            if first
-            else (f"the chat template puts no special token behind an answer but {closing!r}")
-        )
+        refusal = f"the chat template puts no special token behind an answer but {closing!r}"
+        self.bridge_refusal = refusal if closing and not first else self._why_unproven(probes)
         self.bridge_proven = self.bridge_refusal is None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> Ids:
@@ -192,11 +189,14 @@ class Renderer:
         return True
 
     def _extend(self, past_ids: Sequence[int], new: Sequence[Message], tools: Sequence[Json] = ()) -> Ids | None:
-        """What the template writes behind an answer that `new` follows, without what `past_ids` has of it already."""
+        """What the template writes behind an answer that `new` follows, without what `past_ids` has of it already.
+        Where nothing ends an answer but the next speaker's token, that is its end.
+        """
         past = _CALLING if new and new[0].role == "tool" else _PAST
         tail = self._text([*past, *new], tools).rpartition(ANSWER)[2]
-        at = tail.find(self._end)
-        if at < 0 or (at > 0 and past is _PAST):
+        first = self._markup.search(tail)
+        at = tail.find(self._end) if self._end or first is None else first.start()
+        if first is None or at < 0 or (at > 0 and past is _PAST):
             return None
         closing = self._pieces(tail[at:])
         if past_ids[-1] == closing[0]:
@@ -205,18 +205,19 @@ class Renderer:
 
     def _why_unproven(self, probes: Sequence[Sequence[Message]]) -> str | None:
         """Bridges the probes in every way that an answer may end, and compares with rendering everything."""
-        end = self._specials[self._end]
         for probe in probes:
             for at in (i for i, m in enumerate(probe) if m.role == "assistant" and i + 1 < len(probe)):
                 prompt, said = self._pieces(self._text(probe[:at])), self.encode(probe[at].content)
                 everything = self._pieces(self._text(probe))
-                for past in ((*prompt, *said, end), (*prompt, *said)):
-                    tail = self._extend(past, probe[at + 1 :])
-                    if tail is None or not self._same(prompt, (*past, *tail)[len(prompt) :], everything):
-                        return f"extending an answer does not give what the chat template gives for {probe!r}"
+                cut = self._extend((*prompt, *said), probe[at + 1 :]) or ()
+                ended = (*said, *cut[:1])
+                tail = self._extend((*prompt, *ended), probe[at + 1 :])
+                if tail != cut[1:] or not cut or not self._same(prompt, (*said, *cut), everything):
+                    return f"extending an answer does not give what the chat template gives for {probe!r}"
         for probe in (probe for probe in (_TOOLS, _TWO_TOOLS) if self._accepts(probe, [_TOOL])):
-            everything, tail = self._pieces(self._text(probe, [_TOOL])), self._extend((end,), probe[2:], [_TOOL])
-            if tail is None or everything[-len(tail) - 1 :] != (end, *tail):
+            asked, everything = (self._pieces(self._text(m, [_TOOL])) for m in (probe[:1], probe))
+            behind = self._extend(asked, probe[2:], [_TOOL])
+            if not behind or everything[-len(behind) :] != behind:
                 return "extending a tool call by its results does not give what the chat template gives"
         return None
 

@@ -191,6 +191,30 @@ def test_an_end_of_everything_behind_the_end_of_an_answer_is_no_part_of_it(tmp_p
     assert (*past, *(renderer.bridge(past, [REPLY]) or ())) == renderer.render([USER, ANSWER, REPLY])
 
 
+def test_an_answer_that_the_next_speaker_ends_is_extended_behind_that_token(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|bot|>' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    folder = make_model(tmp_path / "model", template=template, specials=("<|none|>", "<|bot|>", "<|user|>"))
+    renderer = Renderer(folder)
+    assert renderer.bridge_refusal is None
+    cut = (*renderer.render([USER]), *renderer.encode("A drink."))
+    everything = renderer.render([USER, ANSWER, REPLY])
+    assert (*cut, *(renderer.bridge(cut, [REPLY]) or ())) == everything
+    assert (*cut, 2, *(renderer.bridge((*cut, 2), [REPLY]) or ())) == everything  # <|user|> was sampled
+
+
+def test_a_template_that_leaves_thoughts_out_of_the_past_is_proven_and_they_stay(tmp_path: Path) -> None:
+    renderer = Renderer(make_shape("xml", tmp_path / "model"))
+    assert renderer.bridge_refusal is None
+    past = (*renderer.render([USER]), *renderer.encode("Hm.\n</think>\n\nA drink."), END)
+    text = renderer.decode((*past, *(renderer.bridge(past, [REPLY]) or ())))
+    assert text.endswith("Hm.\n</think>\n\nA drink.<|im_end|>\n" + renderer.decode(renderer.render([REPLY])))
+    assert renderer.parser(prompt_ids=past[:-1]).push(renderer.encode("Hm.")).text == "Hm."
+    assert renderer.parser(prompt_ids=renderer.render([USER])).push(renderer.encode("Hm.")).reasoning == "Hm."
+
+
 def test_a_template_that_wants_a_call_before_a_result_is_shown_one(tmp_path: Path) -> None:
     renderer = with_template(
         tmp_path,
