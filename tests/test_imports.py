@@ -117,7 +117,7 @@ DOORS: dict[str, list[str]] = {
     "msgspec": ["agent_rl/experience/"],
     "openai": ["server/demo/", "server/chat.py"],
     "matplotlib": ["server/demo/report.py"],
-    "typer": ["server/cli.py"],
+    "typer": ["server/cli.py", "server/cli_tenants.py"],
     "websockets": ["server/connect.py"],
 }
 
