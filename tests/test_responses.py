@@ -15,7 +15,8 @@ from tiny import AGENT, make_model
 
 from agent_rl.types import Message, ToolCall
 from server.refusal import Refusal
-from server.wires.responses_request import messages_of, parse
+from server.wires.responses_items import messages_of
+from server.wires.responses_request import parse
 
 CALLS = (
     "Let me look.\n"

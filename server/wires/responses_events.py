@@ -11,11 +11,10 @@ import orjson
 from agent_rl.parsing import CallDelta
 from agent_rl.types import Finish, Json, Message, ToolCall
 from server.answering import Delta, Ended, Started
-from server.wires.responses_request import Asked
+from server.wires.responses_request import Asked, ToolNames
 
-REPEATED: tuple[
-    tuple[str, object], ...
-] = (  # fields of the request that the response repeats, and what they are where it has none
+# Fields of the request that the response repeats, and what they are where it has none
+REPEATED: tuple[tuple[str, object], ...] = (
     ("instructions", None),
     ("max_output_tokens", None),
     ("metadata", {}),
@@ -41,11 +40,13 @@ def turn_id_of(response: str) -> str:
     return response.removeprefix("resp_")
 
 
-def response_body(started: Started, asked: Asked, status: str, output: list[Json], ended: Ended | None = None) -> Json:
+def response_body(
+    turn_id: str, created_at: float, asked: Asked, status: str, output: list[Json], ended: Ended | None = None
+) -> Json:
     body: Json = {
-        "id": response_id(started.turn_id),
+        "id": response_id(turn_id),
         "object": "response",
-        "created_at": int(started.created_at),
+        "created_at": int(created_at),
         "status": status,
         "background": False,
         "error": None,
@@ -77,14 +78,18 @@ def status_of(finish: Finish) -> str:
 # ------------------------------------------------------------------------------------------------------- items
 
 
-def items_of(turn_id: str, answer: Message, custom: frozenset[str], encrypted: bool = False) -> list[Json]:
-    """The finished items of an answer: reasoning, then text, then calls."""
+def items_of(
+    turn_id: str, answer: Message, names: ToolNames, *, status: str = "completed", encrypted: bool = False
+) -> list[Json]:
+    """The finished items of an answer: reasoning, then text, then calls. `status`: of the last."""
     output: list[Json] = []
     if answer.reasoning:
         output.append(reasoning_item(turn_id, answer.reasoning, encrypted))
-    if answer.content or not answer.tool_calls:
+    if answer.content or (not output and not answer.tool_calls):
         output.append(message_item(turn_id, answer.content))
-    output += [call_item(turn_id, at, call, custom) for at, call in enumerate(answer.tool_calls)]
+    output += [call_item(turn_id, at, call, names) for at, call in enumerate(answer.tool_calls)]
+    if "status" in output[-1]:
+        output[-1]["status"] = status
     return output
 
 
@@ -104,11 +109,17 @@ def text_part(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def call_item(turn_id: str, at: int, call: ToolCall, custom: frozenset[str], status: str = "completed") -> Json:
-    named: Json = {"call_id": call.id, "name": call.name, "status": status}
-    if call.name in custom:
-        return {"id": f"ctc_{turn_id}_{at}", "type": "custom_tool_call", **named, "input": custom_input(call.arguments)}
-    return {"id": f"fc_{turn_id}_{at}", "type": "function_call", **named, "arguments": call.arguments}
+def call_item(turn_id: str, at: int, call: ToolCall, names: ToolNames, status: str = "completed") -> Json:
+    space, name = names.spaces.get(call.name, (None, call.name))
+    named: Json = {"call_id": call.id, "name": name, "status": status}
+    if space is not None:
+        named["namespace"] = space
+    done = status != "in_progress"
+    if call.name in names.custom:
+        said = custom_input(call.arguments) if done else ""
+        return {"id": f"ctc_{turn_id}_{at}", "type": "custom_tool_call", **named, "input": said}
+    arguments = call.arguments if done else ""
+    return {"id": f"fc_{turn_id}_{at}", "type": "function_call", **named, "arguments": arguments}
 
 
 def custom_input(arguments: str) -> str:
@@ -132,6 +143,7 @@ class Builder:
         self._turn = started.turn_id
         self._seq = 0
         self._output: list[Json] = []  # finished items
+        self.ended: Ended | None = None
         self._open: str | None = None  # reasoning | message | call
         self._text = ""  # of the open item
         self._call = ToolCall("", "", "")
@@ -139,7 +151,7 @@ class Builder:
 
     def begin(self) -> Iterator[Json]:
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=response_body(self._started, self._asked, "in_progress", []))
+            yield self._event(kind, response=self._body("in_progress"))
 
     def delta(self, event: Delta) -> Iterator[Json]:
         parsed = event.parsed
@@ -155,23 +167,21 @@ class Builder:
             yield from self._calling(call)
 
     def end(self, ended: Ended) -> Iterator[Json]:
-        """The turn is on disk."""
+        """The turn is on disk, unless `ended` says otherwise."""
+        self.ended = ended
         if ended.failure:
-            yield from self._fail(ended)
+            error = {"code": ended.failure.code or "server_error", "message": ended.failure.message}
+            yield self._event("response.failed", response=self._body("failed") | {"error": error})
             return
         if self._open is None and not self._output:
             yield from self._into("message")
-        yield from self._close()
         status = status_of(ended.finish)
-        yield self._event(
-            f"response.{status}", response=response_body(self._started, self._asked, status, self._output, ended)
-        )
+        yield from self._close(status)
+        yield self._event(f"response.{status}", response=self._body(status))
 
-    def _fail(self, ended: Ended) -> Iterator[Json]:
-        assert ended.failure is not None
-        body = response_body(self._started, self._asked, "failed", self._output, ended)
-        body["error"] = {"code": ended.failure.code or "server_error", "message": ended.failure.message}
-        yield self._event("response.failed", response=body)
+    def _body(self, status: str) -> Json:
+        started = self._started
+        return response_body(started.turn_id, started.created_at, self._asked, status, self._output, self.ended)
 
     def _calling(self, delta: CallDelta) -> Iterator[Json]:
         if delta.id is not None and delta.name is not None:
@@ -179,7 +189,7 @@ class Builder:
             self._call, self._open = ToolCall(delta.id, delta.name, ""), "call"
             yield self._piece("response.output_item.added", item=self._item("in_progress"))
         self._call = ToolCall(self._call.id, self._call.name, self._call.arguments + delta.arguments)
-        if delta.arguments and self._call.name not in self._asked.custom:
+        if delta.arguments and self._call.name not in self._asked.names.custom:
             yield self._piece("response.function_call_arguments.delta", delta=delta.arguments)
 
     def _into(self, kind: str) -> Iterator[Json]:
@@ -191,24 +201,23 @@ class Builder:
         if kind == "message":
             yield self._piece("response.content_part.added", content_index=0, part=text_part(""))
 
-    def _close(self) -> Iterator[Json]:
-        """The open item is finished."""
+    def _close(self, status: str = "completed") -> Iterator[Json]:
+        """The open item is finished, or `incomplete`."""
         if self._open is None:
             return
-        item = self._item("completed")
+        item = self._item(status)
         if self._open == "message":
             yield self._piece("response.output_text.done", content_index=0, text=self._text, logprobs=[])
             yield self._piece("response.content_part.done", content_index=0, part=text_part(self._text))
         elif self._open == "reasoning":
             yield self._piece("response.reasoning_text.done", content_index=0, text=self._text)
-        elif self._call.name in self._asked.custom:
+        elif self._call.name in self._asked.names.custom:
             said = custom_input(self._call.arguments)
             yield self._piece("response.custom_tool_call_input.delta", delta=said)
             yield self._piece("response.custom_tool_call_input.done", input=said)
         else:
-            yield self._piece(
-                "response.function_call_arguments.done", name=self._call.name, arguments=self._call.arguments
-            )
+            said = self._call.arguments
+            yield self._piece("response.function_call_arguments.done", name=item["name"], arguments=said)
         yield self._piece("response.output_item.done", item=item)
         self._calls += self._open == "call"
         self._output.append(item)
@@ -216,12 +225,10 @@ class Builder:
 
     def _item(self, status: str) -> Json:
         if self._open == "reasoning":
-            return reasoning_item(self._turn, self._text, self._asked.encrypted and status == "completed")
+            return reasoning_item(self._turn, self._text, self._asked.encrypted and status != "in_progress")
         if self._open == "message":
             return message_item(self._turn, self._text, status)
-        call = self._call if status == "completed" else ToolCall(self._call.id, self._call.name, "")
-        item = call_item(self._turn, self._calls, call, self._asked.custom, status)
-        return item if status == "completed" or "input" not in item else item | {"input": ""}
+        return call_item(self._turn, self._calls, self._call, self._asked.names, status)
 
     def _piece(self, kind: str, **fields: Any) -> Json:
         """An event of the open item."""

@@ -2,20 +2,18 @@
 
 What cannot be honoured is refused by name. Built-in tools that a client merely offers (`web_search`, `local_shell`, …)
 are left out of the prompt and named in `x-tools-left-out`; demanded ones are refused. A custom tool is shown to the
-model as a function with one string, `input`.
+model as a function with one string, `input`; one within a namespace as `NAMESPACE__NAME`. `truncation` is accepted and
+changes nothing: a prompt that is too long is refused.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
-from agent_rl.types import Conversation, Grammar, Json, Message, Sampling, ToolCall
+from agent_rl.types import Conversation, Grammar, Json, Message, Sampling
 from server.identity import Hints, identify
 from server.refusal import bad_field
 from server.wires.request import (
@@ -24,30 +22,38 @@ from server.wires.request import (
     function_tool,
     integer,
     items,
-    kind,
     mapping,
     number,
     schema_grammar,
     string,
     text,
 )
+from server.wires.responses_items import flat_name, messages_of
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
-UNREADABLE = {"input_image": "images", "input_file": "files", "input_audio": "audio"}
 CUSTOM: Json = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+BUILT_IN = re.compile(r"[a-z0-9_]{1,64}")
+INCLUDED = "reasoning.encrypted_content"
+UNSUPPORTED = ("background", "prompt", "max_tool_calls", "top_logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolNames:
+    """How the client knows the tools that the model sees as functions with one flat name each."""
+
+    custom: frozenset[str] = frozenset()  # those that take text
+    spaces: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # flat name → (namespace, name)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A parsed request; `previous` names the response that it goes on behind, which the wire looks up."""
+    """A parsed request."""
 
-    conversation: Conversation  # without what `previous` brings
+    conversation: Conversation  # without what `previous_response_id` brings
     instructions: str | None
-    previous: str | None
     stream: bool
+    generate: bool  # False: a WebSocket's warm-up, to be gone on behind
     body: Body  # what the response object repeats
-    custom: frozenset[str]  # names of custom tools
+    names: ToolNames
     left_out: tuple[str, ...]  # types of built-in tools that the model does not see
     encrypted: bool  # reasoning is wanted back as `encrypted_content`
 
@@ -67,17 +73,16 @@ def parse(
     model = string(body, "model")
     if not model:
         raise bad_field("model", "is missing: name the model to answer", "missing_field")
-    for name in ("background", "prompt", "max_tool_calls"):
+    for name in UNSUPPORTED:
         if body.get(name):
             raise bad_field(name, "this server does not support it; leave it out", "unsupported_value")
-    if body.get("top_logprobs"):
-        raise bad_field("top_logprobs", "this server does not support it; leave it out", "unsupported_value")
-    seen, custom, left_out = _tools(body)
+    seen, names, left_out = _tools(body)
     tools, choice = _choice(body, seen)
     instructions = string(body, "instructions")
     system = () if instructions is None else (Message("system", instructions),)
-    messages = (*system, *messages_of(body.get("input")))
-    if messages[-1].role == "assistant":
+    generate = boolean(body, "generate") is not False
+    messages = (*system, *(messages_of(body.get("input")) if generate or body.get("input") else ()))
+    if generate and messages[-1].role == "assistant":
         raise bad_field("input", "the last item must not be the assistant's: there is nothing to answer")
     hints = Hints(
         prompt_cache_key=string(body, "prompt_cache_key"),
@@ -87,7 +92,6 @@ def parse(
         safety_identifier=string(body, "safety_identifier"),
         store=boolean(body, "store"),
     )
-    include = body.get("include") or []
     return Asked(
         conversation=Conversation(
             policy=model,
@@ -99,12 +103,12 @@ def parse(
             **identify(headers, raw, hints).fields(),
         ),
         instructions=instructions,
-        previous=string(body, "previous_response_id"),
         stream=boolean(body, "stream") or False,
+        generate=generate,
         body=body,
-        custom=custom,
+        names=names,
         left_out=left_out,
-        encrypted=isinstance(include, list) and "reasoning.encrypted_content" in include,
+        encrypted=INCLUDED in _include(body),
     )
 
 
@@ -130,6 +134,16 @@ def _grammar(form: Body) -> Grammar | None:
     raise bad_field("text.format.type", f"must be text, json_object or json_schema, not {kind_of_it!r:.80}")
 
 
+def _include(body: Body) -> list[str]:
+    """What else the client wants to have; of built-in tools, which never run here, there is nothing to give."""
+    wanted = body.get("include") or []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise bad_field("include", "must be a list of strings", "invalid_type")
+    if "message.output_text.logprobs" in wanted:
+        raise bad_field("include", "this wire gives no logprobs; chat completions do", "unsupported_value")
+    return wanted
+
+
 def _conversation(body: Body) -> str | None:
     value = body.get("conversation")
     return text(value, "id", "conversation") if isinstance(value, dict) else string(body, "conversation")
@@ -138,24 +152,38 @@ def _conversation(body: Body) -> str | None:
 # ------------------------------------------------------------------------------------------------------- tools
 
 
-def _tools(body: Body) -> tuple[dict[str, Json], frozenset[str], tuple[str, ...]]:
-    """(what the model sees by name, which of them are custom, types of those it does not see)."""
+def _tools(body: Body) -> tuple[dict[str, Json], ToolNames, tuple[str, ...]]:
+    """(what the model sees by name, how the client knows it, types of those that the model does not see)."""
     seen: dict[str, Json] = {}
+    spaces: dict[str, tuple[str, str]] = {}
     custom, left_out = set(), []
     for where, item in items(body, "tools"):
-        within = items(item, "tools", f"{where}.") if item.get("type") == "namespace" else [(where, item)]
-        for path, tool in within:
-            if tool.get("type") == "function":
-                seen[text(tool, "name", path)] = function_tool(tool, path, "parameters")
-            elif tool.get("type") == "custom":
-                name = text(tool, "name", path)
-                seen[name] = function_tool(
-                    {**tool, "description": _described(tool), "parameters": CUSTOM}, path, "parameters"
-                )
-                custom.add(name)
+        space = text(item, "name", where) if item.get("type") == "namespace" else None
+        for path, tool in [(where, item)] if space is None else items(item, "tools", f"{where}."):
+            kind_of_it = text(tool, "type", path)
+            if kind_of_it in ("function", "custom"):
+                own = text(tool, "name", path)
+                name = flat_name(space, own)
+                seen[name] = _function({**tool, "name": name}, path)
+                custom |= {name} if kind_of_it == "custom" else set()
+                spaces |= {} if space is None else {name: (space, own)}
+            elif BUILT_IN.fullmatch(kind_of_it):
+                left_out.append(kind_of_it)
             else:
-                left_out.append(text(tool, "type", path))
-    return seen, frozenset(custom), tuple(left_out)
+                raise bad_field(f"{path}.type", f"there is no tool of type {kind_of_it!r:.80}")
+    return seen, ToolNames(frozenset(custom), spaces), tuple(left_out)
+
+
+def _function(tool: Body, where: str) -> Json:
+    if tool["type"] == "custom":
+        tool = {**tool, "description": _described(tool), "parameters": CUSTOM}
+    return function_tool(tool, where, "parameters")
+
+
+def is_custom(tool: Json) -> bool:
+    """Of a tool as a turn has it."""
+    function = tool.get("function")
+    return isinstance(function, dict) and function.get("parameters") == CUSTOM
 
 
 def _described(tool: Body) -> str:
@@ -178,86 +206,8 @@ def _choice(body: Body, tools: dict[str, Json]) -> tuple[tuple[Json, ...], str]:
 
 
 def _named(choice: Body, tools: Mapping[str, Json]) -> str:
-    name = choice.get("name")
+    name = flat_name(choice.get("namespace"), str(choice.get("name")))
     if choice.get("type") not in ("function", "custom") or name not in tools:
         there = ", ".join(tools) or "none"
-        raise bad_field("tool_choice", f"names {name or choice.get('type')!r:.80}; tools here: {there}")
-    return str(name)
-
-
-# ------------------------------------------------------------------------------------------------------- items
-
-
-def messages_of(value: object) -> tuple[Message, ...]:
-    """The items of `input`. Reasoning, text and calls in a row are one answer."""
-    if isinstance(value, str):
-        return (Message("user", value),)
-    messages: list[Message] = []
-    thought: str | None = None
-    for where, item in items({"input": value}, "input"):
-        kind_of_it = item.get("type", "message")
-        if kind_of_it == "reasoning":
-            thought = _thought(item, where) or thought
-        elif kind_of_it in ("function_call", "custom_tool_call"):
-            if not messages or messages[-1].role != "assistant":
-                messages.append(Message("assistant", "", reasoning=thought))
-            call = _call(item, where)
-            messages[-1] = replace(messages[-1], tool_calls=(*messages[-1].tool_calls, call))
-            thought = None
-        elif kind_of_it in ("function_call_output", "custom_tool_call_output"):
-            output = _content(item.get("output"), f"{where}.output")
-            messages.append(Message("tool", output, tool_call_id=text(item, "call_id", where)))
-        elif kind_of_it == "message":
-            role = item.get("role")
-            if not isinstance(role, str) or role not in ROLES:
-                raise bad_field(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r:.80}")
-            content = _content(item.get("content"), f"{where}.content")
-            reasoning = thought if role == "assistant" else None
-            thought = None if role == "assistant" else thought
-            messages.append(Message(ROLES[role], content, reasoning=reasoning))
-        else:
-            raise bad_field(f"{where}.type", f"items of type {kind_of_it!r:.80} are not supported", "unsupported_value")
-    if not messages:
-        raise bad_field("input", "must be a string or a list of at least one item", "missing_field")
-    return tuple(messages)
-
-
-def _call(item: Body, where: str) -> ToolCall:
-    if item.get("type") == "custom_tool_call":
-        arguments = orjson.dumps({"input": text(item, "input", where)}).decode()
-    else:
-        arguments = text(item, "arguments", where)
-    return ToolCall(text(item, "call_id", where), text(item, "name", where), arguments)
-
-
-def _thought(item: Body, where: str) -> str:
-    """The reasoning in an item: in the open, as its summary, or as we gave it out."""
-    for name in ("content", "summary"):
-        parts = [text(part, "text", path) for path, part in items(item, name, f"{where}.")]
-        if parts:
-            return "".join(parts)
-    sealed = item.get("encrypted_content")
-    try:
-        return base64.b64decode(sealed, validate=True).decode() if isinstance(sealed, str) else ""
-    except (binascii.Error, UnicodeDecodeError) as error:
-        raise bad_field(f"{where}.encrypted_content", "is not what this server gave out") from error
-
-
-def _content(value: object, where: str) -> str:
-    """A string, or a list of parts that are text, put together."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise bad_field(where, f"must be a string or a list of text parts, not {kind(value)}", "invalid_type")
-    texts = []
-    for at, part in enumerate(value):
-        if not isinstance(part, dict):
-            raise bad_field(f"{where}[{at}]", f"must be an object, not {kind(part)}", "invalid_type")
-        if part.get("type") in UNREADABLE:
-            complaint = f"this model reads no {UNREADABLE[part['type']]}"
-            raise bad_field(f"{where}[{at}]", complaint, "unsupported_value")
-        if part.get("type") not in TEXTS:
-            complaint = f"parts of type {part.get('type')!r:.80} are not supported"
-            raise bad_field(f"{where}[{at}]", complaint, "unsupported_value")
-        texts.append(text(part, "refusal" if part["type"] == "refusal" else "text", f"{where}[{at}]"))
-    return "".join(texts)
+        raise bad_field("tool_choice", f"names {choice.get('name') or choice.get('type')!r:.80}; tools here: {there}")
+    return name
