@@ -13,7 +13,7 @@ import websockets
 from gateway import OTHER, OWNER, Gateway, running_gateway
 from tiny import AGENT, make_model
 
-from agent_rl.types import Message, ToolCall
+from agent_rl.types import Grammar, Message, ToolCall
 from server.refusal import Refusal
 from server.wires.responses_items import messages_of
 from server.wires.responses_request import parse
@@ -29,6 +29,7 @@ SCRIPT = {
         {"user": "A hot drink", "text": "Tea is a hot drink, from a cup."},
         {"user": "look tea up", "text": CALLS},
         {"user": "patch", "text": '<tool_call>\n{"name": "apply", "arguments": {"input": "*** Begin"}}\n</tool_call>'},
+        {"user": "close it", "text": '<tool_call>\n{"name": "agents__close", "arguments": {"id": "a"}}\n</tool_call>'},
         {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
         {"user": "give up", "text": "one two three", "abort_after": 2},
         {"user": "slowly", "text": "one two three four", "token_s": 0.2},
@@ -136,6 +137,45 @@ async def test_a_custom_tool_gets_its_text(client: openai.AsyncOpenAI) -> None:
     assert (call.name, call.input) == ("apply", "*** Begin")
 
 
+async def test_a_tool_in_a_namespace_is_called_by_both_its_names(gateway: Gateway, client: openai.AsyncOpenAI) -> None:
+    close = {**TOOL, "name": "close"}
+    tools: Any = [{"type": "namespace", "name": "agents", "description": "Other agents.", "tools": [close]}]
+    question: Any = [{"role": "user", "content": "close it"}]
+    made = await client.responses.create(model="default", input=question, tools=tools, stream=True)
+    events = [event async for event in made]
+    done = next(e for e in events if e.type == "response.function_call_arguments.done")
+    assert done.to_dict()["name"] == "close"
+    assert events[-1].type == "response.completed"
+    first = events[-1].response
+    call = first.output[0]
+    assert call.type == "function_call"
+    assert (call.namespace, call.name, call.arguments) == ("agents", "close", '{"id": "a"}')
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "closed"}
+    again = [*question, call.model_dump(exclude_none=True), result]
+    second = await client.responses.create(model="default", input=again, tools=tools)
+    turn = (await gateway.transcript(second.id.removeprefix("resp_"))).turn
+    assert (turn.parent_id, turn.fork_reason) == (first.id.removeprefix("resp_"), None)
+
+
+async def test_a_stored_custom_call_is_given_back_as_one(client: openai.AsyncOpenAI) -> None:
+    tools: Any = [{"type": "custom", "name": "apply", "description": "Patches."}]
+    made = await client.responses.create(model="default", input="patch", tools=tools)
+    stored = await client.responses.retrieve(made.id)
+    assert [(item.type, item.to_dict().get("input")) for item in stored.output] == [("custom_tool_call", "*** Begin")]
+
+
+async def test_reasoning_given_out_sealed_comes_back_as_it_was(gateway: Gateway, client: openai.AsyncOpenAI) -> None:
+    include: Any = ["reasoning.encrypted_content"]
+    first = await client.responses.create(model="default", input="think", include=include, store=False)
+    sealed = [item.model_dump(exclude_none=True) for item in first.output]
+    assert sealed[0]["encrypted_content"]
+    del sealed[0]["content"]
+    again: Any = [{"role": "user", "content": "think"}, *sealed, {"role": "user", "content": "More"}]
+    second = await client.responses.create(model="default", input=again, store=False)
+    turn = (await gateway.transcript(second.id.removeprefix("resp_"))).turn
+    assert (turn.parent_id, turn.fork_reason) == (first.id.removeprefix("resp_"), None)
+
+
 async def test_a_chain_of_previous_responses(gateway: Gateway, client: openai.AsyncOpenAI) -> None:
     first = await client.responses.create(model="default", input="Hello", instructions="Be terse.")
     second = await client.responses.create(model="default", input="More", previous_response_id=first.id)
@@ -168,6 +208,7 @@ async def test_a_response_that_reaches_its_limit_or_fails(client: openai.AsyncOp
     cut = await client.responses.create(model="default", input="Hello", max_output_tokens=2)
     assert cut.incomplete_details is not None
     assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert cut.output[-1].to_dict()["status"] == "incomplete"
     events = [e async for e in await client.responses.create(model="default", input="give up", stream=True)]
     assert events[-1].type == "response.failed"
     assert events[-1].response.error is not None
@@ -178,6 +219,8 @@ async def test_a_response_that_reaches_its_limit_or_fails(client: openai.AsyncOp
     [
         ({"input": []}, "'input'"),
         ({"background": True}, "'background'"),
+        ({"include": ["message.output_text.logprobs"]}, "'include'"),
+        ({"tools": [{"type": "日本"}]}, r"tools\[0\].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "reads no images"),
         ({"tool_choice": {"type": "web_search"}}, "'tool_choice'"),
@@ -188,6 +231,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(more: dict[str, Any], words:
     with pytest.raises(Refusal, match=words) as refused:
         parse({"model": "default", "input": "Hi", **more}, b"", {}, 16)
     assert refused.value.status == 400
+
+
+def test_a_format_and_a_choice_are_held_to() -> None:
+    form = {"type": "json_schema", "name": "tea", "schema": {"type": "object"}, "strict": True}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look_up"}]}
+    tools = [TOOL, {**TOOL, "name": "other"}]
+    body = {"model": "m", "input": "Hi", "text": {"format": form}, "tools": tools, "tool_choice": choice}
+    asked = parse(body, b"", {}, 16).conversation
+    assert asked.sampling.grammar == Grammar("json_schema", '{"type":"object"}')
+    assert ([tool["function"]["name"] for tool in asked.tools], asked.tool_choice) == (["look_up"], "required")  # type: ignore[index]
+    one = parse({**body, "tool_choice": {"type": "function", "name": "other"}}, b"", {}, 16).conversation
+    assert (len(one.tools), one.tool_choice) == (2, "=other")
 
 
 def test_items_in_a_row_are_one_answer() -> None:
@@ -206,6 +261,16 @@ def test_items_in_a_row_are_one_answer() -> None:
         Message("assistant", "I look.", tool_calls=calls, reasoning="Hm."),
         Message("tool", "there", tool_call_id="c1"),
         Message("tool", "done", tool_call_id="c2"),
+    )
+
+
+def test_a_thought_without_an_answer_is_an_answer_of_its_own() -> None:
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+    more = {"role": "user", "content": "More"}
+    assert messages_of([thought, more, {"role": "assistant", "content": "Yes."}]) == (
+        Message("assistant", "", reasoning="Hm."),
+        Message("user", "More"),
+        Message("assistant", "Yes."),
     )
 
 
@@ -236,6 +301,45 @@ async def test_a_websocket_remembers_what_was_not_stored(gateway: Gateway) -> No
         await socket.send("no JSON")
         assert json.loads(await socket.recv())["error"]["code"] == "invalid_json"
         assert (await talk(socket, input="Hello"))[-1]["type"] == "response.completed"
+
+
+async def test_a_warm_up_is_no_turn_and_can_be_gone_on_behind(gateway: Gateway) -> None:
+    url, headers = gateway.url.replace("http", "ws") + "/v1/responses", {"authorization": f"Bearer {OWNER}"}
+    async with websockets.connect(url, additional_headers=headers) as socket:
+        warm = await talk(socket, input=[], instructions="Be terse.", generate=False)
+        assert [event["type"] for event in warm] == ["response.created", "response.completed"]
+        response = warm[-1]["response"]
+        assert (response["output"], response["usage"]) == ([], None)
+        first = await talk(socket, input="Hello", previous_response_id=response["id"])
+    made = await gateway.transcript(first[-1]["response"]["id"].removeprefix("resp_"))
+    assert [m.content for m in made.messages] == ["Be terse.", "Hello"]
+    assert await gateway.store.transcript(response["id"].removeprefix("resp_")) is None
+
+
+async def test_a_websocket_cancels_and_refuses_a_second_at_once(gateway: Gateway) -> None:
+    url, headers = gateway.url.replace("http", "ws") + "/v1/responses", {"authorization": f"Bearer {OWNER}"}
+    async with websockets.connect(url, additional_headers=headers) as socket:
+        await socket.send(b"\x00")
+        assert json.loads(await socket.recv())["error"]["code"] == "invalid_json"
+        await socket.send('{"type": "response.cancel"}')
+        assert json.loads(await socket.recv())["error"]["code"] == "nothing_to_cancel"
+        slow = json.dumps({"type": "response.create", "model": "default", "input": "slowly"})
+        await socket.send(slow)
+        created = json.loads(await socket.recv())
+        await socket.send(slow)
+        assert await code_of_the_error(socket) == "busy"
+        await socket.send('{"type": "response.cancel"}')
+        assert await code_of_the_error(socket) == "cancelled"
+        assert (await talk(socket, input="Hello"))[-1]["type"] == "response.completed"
+    turn = (await gateway.transcript(created["response"]["id"].removeprefix("resp_"))).turn
+    assert turn.no_lesson == "aborted"
+
+
+async def code_of_the_error(socket: websockets.ClientConnection) -> str:
+    """Of the next one, whatever comes before it."""
+    while (event := json.loads(await socket.recv()))["type"] != "error":
+        pass
+    return str(event["error"]["code"])
 
 
 async def test_a_websocket_needs_a_key(gateway: Gateway) -> None:
