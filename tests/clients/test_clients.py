@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -32,22 +34,41 @@ SCRIPT = {
         {"user": "run it", "prompt": '"exec_command"', "text": call("exec_command", cmd=COMMAND)},
         {"user": "run it", "prompt": '"name": "Bash"', "text": call("Bash", command=COMMAND, description="Says tea")},
         {"user": "run it", "prompt": '"name": "bash"', "text": call("bash", command=COMMAND)},
+        {"user": "run it", "prompt": '"name": "look_up"', "text": call("look_up", word="tea")},
     ]
 }
-pytestmark = [
-    pytest.mark.skipif(shutil.which("npm") is None, reason="the agents come from npm, which is not here"),
-    pytest.mark.timeout(240),
-]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
-    """The folder of the agents' programs, installed once in this checkout."""
-    folder = HERE / "node_modules" / ".bin"
-    if not all((folder / name).exists() for name in ("codex", "claude", "pi")):
-        install = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--prefix", str(HERE)]
-        subprocess.run(install, check=True, capture_output=True, timeout=200)
-    return folder
+    """The folder of the agents' programs: those of package-lock.json, installed once in this checkout."""
+    if shutil.which("npm") is None:
+        pytest.skip("these agents come from npm, which is not here")
+    folder = HERE / "node_modules"
+    if not is_newer(folder / ".package-lock.json", HERE / "package-lock.json"):
+        install("npm", "ci", "--no-audit", "--no-fund", "--prefix", str(HERE))
+    return folder / ".bin"
+
+
+@pytest.fixture(scope="module")
+def sdks() -> Path:
+    """A Python of its own with the agents' libraries: those of requirements.txt, installed once in this checkout."""
+    folder, wanted = HERE / ".venv", HERE / "requirements.txt"
+    if not is_newer(folder / "installed", wanted):
+        install(sys.executable, "-m", "venv", "--clear", str(folder))
+        install(str(folder / "bin" / "pip"), "install", "--quiet", "--requirement", str(wanted))
+        (folder / "installed").touch()
+    return folder / "bin" / "python"
+
+
+def is_newer(mark: Path, wanted: Path) -> bool:
+    return mark.exists() and mark.stat().st_mtime >= wanted.stat().st_mtime
+
+
+def install(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture
@@ -107,7 +128,11 @@ async def one_exact_round_trip(gateway: Gateway, rule: str) -> None:
     assert after.turn.messages[0].role == "tool"
 
 
-async def test_codex(gateway: Gateway, programs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("websockets", [False, True])
+async def test_codex(
+    gateway: Gateway, programs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, websockets: bool
+) -> None:
+    caplog.set_level(logging.INFO, "uvicorn.error")
     home = tmp_path / "codex"
     home.mkdir()
     (home / "config.toml").write_text(f"""
@@ -120,6 +145,7 @@ async def test_codex(gateway: Gateway, programs: Path, tmp_path: Path) -> None:
         base_url = "{gateway.url}/v1"
         wire_api = "responses"
         env_key = "ARL_KEY"
+        supports_websockets = {str(websockets).lower()}
     """)
     said = await run(
         programs / "codex",
@@ -131,6 +157,7 @@ async def test_codex(gateway: Gateway, programs: Path, tmp_path: Path) -> None:
     assert "tea-4711" in said
     assert "It says tea." in said
     await one_exact_round_trip(gateway, "session-id")
+    assert ('"WebSocket /v1/responses" [accepted]' in caplog.text) is websockets
 
 
 async def test_claude_code(gateway: Gateway, programs: Path, tmp_path: Path) -> None:
@@ -157,4 +184,19 @@ async def test_pi(gateway: Gateway, programs: Path, tmp_path: Path) -> None:
     models.write_text(json.dumps({"providers": {"arl": provider | {"models": [{"id": "default"}]}}}))
     said = await run(programs / "pi", *("-p", "--provider", "arl", "--model", "default", "run it please"), home=home)
     assert "It says tea." in said
+    await one_exact_round_trip(gateway, "prefix")
+
+
+@pytest.mark.parametrize(("api", "rule"), [("responses", "conversation"), ("chat_completions", "prefix")])
+async def test_openai_agents(gateway: Gateway, sdks: Path, tmp_path: Path, api: str, rule: str) -> None:
+    ours = {"OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": OWNER}
+    said = await run(sdks, str(HERE / "agents_sdk.py"), api, home=tmp_path / "agents", **ours)
+    assert said == "It says tea.\n"
+    await one_exact_round_trip(gateway, rule)
+
+
+async def test_langgraph(gateway: Gateway, sdks: Path, tmp_path: Path) -> None:
+    ours = {"OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": OWNER}
+    said = await run(sdks, str(HERE / "langgraph_agent.py"), home=tmp_path / "langgraph", **ours)
+    assert said == "It says tea.\n"
     await one_exact_round_trip(gateway, "prefix")
