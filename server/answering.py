@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from agent_rl.engine import Chunk
@@ -25,6 +26,7 @@ class Started:
     release: str
     prompt_tokens: int
     created_at: float
+    allowance: Mapping[str, str] = field(default_factory=dict)  # headers: what the key has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Answering:
     turn_id: str
     created_at: float  # unix seconds
     began: float  # monotonic seconds
+    allowance: Mapping[str, str] = field(default_factory=dict)
     log: Log = field(default_factory=Log)
     readers: int = 0
     # known when it is prepared
@@ -138,7 +141,10 @@ class Answering:
     def started(self) -> Started:
         assert self.place is not None
         session_id = self.conversation.session_id or self.place.session_id
-        return Started(self.turn_id, session_id, self.place.rule, self.release, self.prompt_tokens, self.created_at)
+        return Started(
+            *(self.turn_id, session_id, self.place.rule, self.release),
+            *(self.prompt_tokens, self.created_at, self.allowance),
+        )
 
     def ended(self, finish: Finish, failure: Refusal | None = None) -> Ended:
         cached = self.chunks[-1].cached_tokens if self.chunks else 0

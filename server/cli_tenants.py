@@ -51,6 +51,8 @@ def add_commands(app: typer.Typer, with_store: WithStore, console: Console) -> N
             )
             for release in report.releases:
                 console.print(f"learned from it, or grew out of what did: {release}")
+            for policy in report.policies:
+                console.print(f"deleted with its weights, since nobody else taught it: {policy}")
 
         with_store(home, work)
 
@@ -168,6 +170,17 @@ def _tenants(with_store: WithStore, console: Console) -> typer.Typer:
 
 def _policies(with_store: WithStore, console: Console) -> typer.Typer:
     app = typer.Typer(help="The models that clients name, and whose lessons teach them.", no_args_is_help=True)
+
+    @app.command("create")
+    def make(name: str, tenant: TenantId = "default", home: Home = None) -> None:
+        """Another model for the clients of a tenant; it begins with the server's base."""
+        from agent_rl.experience import tenancy
+
+        async def work(store: Any, settings: Any) -> None:
+            policy = await tenancy.create_policy(store, tenant, name)
+            console.print(f"{policy.policy_id} is there")
+
+        with_store(home, work)
 
     @app.command("list")
     def show(tenant: AnyTenant = None, home: Home = None) -> None:

@@ -105,9 +105,11 @@ class Core:
     def _begin(self, conversation: Conversation, caller: Caller) -> Answering:
         if len(self._tasks) >= self._settings.max_concurrency:
             raise Refusal(429, f"{len(self._tasks)} requests are being answered, the limit here", retry_after_s=1)
-        self._limits.enter(caller)
+        allowance = self._limits.enter(caller)
         side = conversation.side or is_aside(conversation)
-        answering = Answering(replace(conversation, side=side), caller, new_turn_id(), time.time(), time.monotonic())
+        answering = Answering(
+            replace(conversation, side=side), caller, new_turn_id(), time.time(), time.monotonic(), allowance
+        )
         task = self._tasks[answering.turn_id] = asyncio.create_task(self._run(answering))
         self._running[answering.turn_id] = answering
         task.add_done_callback(lambda _: self._over(answering))

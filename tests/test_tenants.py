@@ -37,7 +37,7 @@ async def new_tenant(gateway: Gateway, tenant_id: str, **decided: Any) -> str:
     """The secret of a key with every scope in a tenant of its own."""
     made = await call(gateway, "PUT", f"/v1/admin/tenants/{tenant_id}", **decided)
     assert made.status_code == 200, made.text
-    body = {"tenant_id": tenant_id, "scopes": ["agent", "feedback", "admin"]}
+    body: dict[str, Any] = {"tenant_id": tenant_id, "scopes": ["agent", "feedback", "admin"]}
     key = await call(gateway, "POST", "/v1/admin/keys", **body)
     assert key.status_code == 201, key.text
     return str(key.json()["key"])
@@ -148,12 +148,39 @@ async def test_tenants_share_the_servers_policy_or_have_their_own(gateway: Gatew
         assert turn.policy_id == policy_id
 
 
+async def test_a_new_tenant_teaches_nobody_elses_policy_unless_it_says_so(gateway: Gateway) -> None:
+    key = await new_tenant(gateway, "acme")
+    turn = (await gateway.transcript((await chat(gateway, key)).headers["x-turn-id"])).turn
+    assert turn.policy_id == "acme~default"
+    await call(gateway, "PUT", "/v1/admin/tenants/acme", learn=False)
+    tenant = await gateway.store.tenant("acme")
+    assert tenant is not None
+    assert (tenant.policies, tenant.learn) == ("own", False)
+
+
+async def test_a_subjects_policy_fits_its_column_whatever_the_names(gateway: Gateway) -> None:
+    longest = "t" * 32
+    key = await new_tenant(gateway, longest, policies="subject")
+    turn = (await gateway.transcript((await chat(gateway, key, user="u" * 256)).headers["x-turn-id"])).turn
+    assert len(turn.policy_id) <= 64
+    assert (await call(gateway, "PUT", f"/v1/admin/tenants/{longest}t", learn=True)).status_code == 400
+    await tenancy.create_policy(gateway.store, longest, "p" * 14)
+    with pytest.raises(ValueError, match="at most 47 letters"):
+        await tenancy.create_policy(gateway.store, longest, "p" * 15)
+    with pytest.raises(ValueError, match="cannot have"):
+        await tenancy.create_policy(gateway.store, "default", "a:b")
+
+
 async def test_a_key_has_a_rate(gateway: Gateway) -> None:
     made = await call(gateway, "POST", "/v1/admin/keys", requests_per_minute=2)
     answers = [await chat(gateway, made.json()["key"]) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert 25 <= int(answers[2].headers["retry-after"]) <= 31
     assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
+    assert [answer.headers["x-ratelimit-limit-requests"] for answer in answers] == ["2"] * 3
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
+    assert 55 <= float(answers[2].headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    assert "x-ratelimit-limit-requests" not in (await chat(gateway, OWNER)).headers
 
 
 async def test_a_bucket_fills_again_and_answers_end() -> None:

@@ -58,6 +58,8 @@ __all__ = [
     "wanted",
 ]
 
+LONGEST_ID = 64 - 17  # the column's, less what a subject's policy adds
+
 
 class HeadMoved(RuntimeError):
     """The policy's head is not the checkpoint that this one was made from; nothing was written."""
@@ -66,11 +68,14 @@ class HeadMoved(RuntimeError):
 async def ensure_policy(store: Store, tenant_id: str, name: str, base_hash: str) -> Policy:
     """The policy, made with a deployment of its base if it is not there. Raises ValueError on another base's hash.
 
-    Its id is its name in the tenant `default`, and `tenant~name` elsewhere.
+    Its id is its name in the tenant `default`, and `tenant~name` elsewhere; a subject's has `:` and 16 letters more.
     """
-    if "~" in name or "~" in tenant_id:
-        raise ValueError(f"a tenant or policy cannot have '~' in its name (got {tenant_id!r}, {name!r})")
     policy_id, now = name if tenant_id == "default" else f"{tenant_id}~{name}", time.time()
+    if not name.isprintable() or not name or set("~:@/") & set(tenant_id + name):
+        complaint = "a tenant or policy cannot have '~', ':', '@' or '/' in its name"
+        raise ValueError(f"{complaint} (got {tenant_id!r}, {name!r})")
+    if len(policy_id) > LONGEST_ID:
+        raise ValueError(f"a policy's id has at most {LONGEST_ID} letters; {policy_id!r} has {len(policy_id)}")
     row = {"policy_id": policy_id, "tenant_id": tenant_id, "name": name, "base_hash": base_hash, "created_at": now}
     async with store.write() as connection:
         await connection.execute(insert(connection, policies).on_conflict_do_nothing(), row)

@@ -126,8 +126,11 @@ class Store:
             row = (await connection.execute(select(tenants).where(tenants.c.tenant_id == tenant_id))).one_or_none()
             return tenant_of(row._mapping) if row else None
 
-    async def add_key(self, tenant_id: str, key_hash: str, scopes: Sequence[str], label: str = "") -> str:
-        """Returns the api_key_id. Raises Refused if this key is there already."""
+    async def add_key(
+        self, tenant_id: str, key_hash: str, scopes: Sequence[str], label: str = "", **limits: int | None
+    ) -> str:
+        """Returns the api_key_id. `limits`: requests_per_minute, max_concurrency. Raises Refused if this key is there
+        already."""
         row = {
             "api_key_id": uuid4().hex,
             "tenant_id": tenant_id,
@@ -135,6 +138,7 @@ class Store:
             "label": label,
             "scopes": sorted(scopes),
             "created_at": time.time(),
+            **limits,
         }
         async with self.write() as connection:
             await connection.execute(api_keys.insert(), row)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sqlalchemy import or_, select, update
@@ -20,7 +21,7 @@ OPERATOR = "default"  # the tenant whose admins administer all
 SHARED_POLICY = "default"  # the name that every tenant knows
 SCOPES = ("agent", "feedback", "admin")
 CHOICES = {"unstored": ("learn", "keep", "discard"), "policies": ("shared", "own", "subject")}
-LONGEST_ID = 64
+TENANT_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
 def hash_key(secret: str) -> str:
@@ -41,23 +42,38 @@ async def tenants_of(store: Store) -> list[Tenant]:
 async def set_tenant(store: Store, tenant_id: str, **decided: object) -> Tenant:
     """Make a tenant, or change one. `decided`: name, learn, unstored, policies, retention_s.
 
-    A tenant with policies of its own, or of its subjects, gets one of the server's base. Raises Refused.
+    A new one has a policy of its own, unless it is decided that its lessons may teach the one that it shares with
+    others. Policies of its own, or of its subjects, begin with the server's base. Raises Refused.
     """
-    if not tenant_id or len(tenant_id) > LONGEST_ID or not tenant_id.replace("-", "").replace("_", "").isalnum():
-        raise Refused(f"a tenant's id is 1 to {LONGEST_ID} letters, digits, '-' and '_', not {tenant_id!r}")
+    _check(tenant_id, decided)
+    if await store.tenant(tenant_id) is None:
+        decided = {"policies": "own", **decided}
+    if decided.get("policies", "shared") != "shared":
+        await lineage.ensure_policy(store, tenant_id, SHARED_POLICY, (await shared_policy(store)).base_hash)
+    tenant = await store.ensure_tenant(tenant_id, str(decided.get("name") or tenant_id))
+    if decided:
+        async with store.write() as connection:
+            await connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(**decided))
+    return await store.tenant(tenant_id) or tenant
+
+
+def _check(tenant_id: str, decided: Mapping[str, object]) -> None:
+    if not TENANT_ID.fullmatch(tenant_id):
+        raise Refused(f"a tenant's id is 1 to 32 letters, digits, '-' and '_', not {tenant_id!r}")
     for name, choices in CHOICES.items():
         if decided.get(name, choices[0]) not in choices:
             raise Refused(f"{name} is one of {', '.join(choices)}, not {decided[name]!r}")
     retention_s = decided.get("retention_s")
     if retention_s is not None and not (isinstance(retention_s, int | float) and retention_s > 0):
         raise Refused(f"retention_s is a number of seconds above 0, or null for ever, not {retention_s!r}")
-    tenant = await store.ensure_tenant(tenant_id, str(decided.get("name") or tenant_id))
-    if decided:
-        async with store.write() as connection:
-            await connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(**decided))
-    if decided.get("policies", "shared") != "shared":
-        await lineage.ensure_policy(store, tenant_id, SHARED_POLICY, (await shared_policy(store)).base_hash)
-    return await store.tenant(tenant_id) or tenant
+
+
+async def create_policy(store: Store, tenant_id: str, name: str) -> Policy:
+    """Another policy that the tenant's clients may name as `model`; it begins with the server's base. Raises Refused,
+    and ValueError for a name that cannot be one."""
+    if await store.tenant(tenant_id) is None:
+        raise Refused(f"there is no tenant {tenant_id!r}; see `agent-rl tenants list`")
+    return await lineage.ensure_policy(store, tenant_id, name, (await shared_policy(store)).base_hash)
 
 
 async def shared_policy(store: Store) -> Policy:
@@ -106,10 +122,8 @@ async def create_key(
     if await store.tenant(tenant_id) is None:
         raise Refused(f"there is no tenant {tenant_id!r}; see `agent-rl tenants list`")
     secret = "arl-" + secrets.token_urlsafe(32)
-    api_key_id = await store.add_key(tenant_id, hash_key(secret), wanted, label)
     limits = {"requests_per_minute": requests_per_minute, "max_concurrency": max_concurrency}
-    async with store.write() as connection:
-        await connection.execute(update(api_keys).where(api_keys.c.api_key_id == api_key_id).values(**limits))
+    api_key_id = await store.add_key(tenant_id, hash_key(secret), wanted, label, **limits)
     return await _key(store, api_key_id, tenant_id), secret
 
 

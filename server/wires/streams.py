@@ -92,4 +92,5 @@ def turn_headers(started: Started) -> dict[str, str]:
         "x-turn-id": started.turn_id,
         "x-policy-version": started.release,
         "cache-control": "no-store",
+        **started.allowance,
     }
