@@ -224,6 +224,7 @@ class Answering:
             chain=turn.chain,
             thoughts=thoughts_of(key, messages) if turn.answer.reasoning else self.place.thoughts,
             tools=self.place.tools,
+            recorded=self.kept,
         )
 
     def _why_no_lesson(self, finish: Finish) -> str | None:

@@ -43,23 +43,26 @@ class Prompter:
 
     def _prompt(self, answering: Answering, place: Place) -> None:
         """Place and prompt: the sampled ids of the parent, extended; else everything rendered, sharing with the parent,
-        or with the session's newest turn, what happens to be equal."""
+        or with the session's newest turn, what happens to be equal. A parent that was not recorded is shared with
+        nobody: the turn then holds all of its prompt."""
         conversation, parent = answering.conversation, place.parent
+        like, tail = parent or place.relative, None
         if parent and place.extends:
             tail = self._renderer.bridge(parent.ids, conversation.messages[parent.n_messages :], conversation.tools)
-            if tail is not None:
-                answering.past, answering.prompt_ids = parent.ids, tail
-                answering.place, answering.parent_id = place, parent.turn_id
-                answering.shared_messages = parent.n_messages
-                return
-            place = replace(place, fork_reason=place.fork_reason or "no_bridge")
-        answering.place, ids = place, self._rendered(conversation)
-        if like := parent or place.relative:
-            shared = common_prefix(like.ids, ids)
-            answering.past, answering.prompt_ids, answering.parent_id = ids[:shared], ids[shared:], like.turn_id
-            answering.shared_messages = parent.n_messages if parent else 0
+        if parent and tail is not None:
+            past, new = parent.ids, tail
         else:
-            answering.prompt_ids = ids
+            ids = self._rendered(conversation)
+            shared = common_prefix(like.ids, ids) if like else 0
+            past, new = ids[:shared], ids[shared:]
+            if parent:
+                place = replace(place, fork_reason=place.fork_reason or "no_bridge")
+        if like and not like.recorded:
+            past, new, like, parent = (), past + new, None, None
+            place = replace(place, fork_reason=place.fork_reason or "unrecorded")
+        answering.place, answering.past, answering.prompt_ids = place, past, new
+        answering.parent_id = like.turn_id if like else None
+        answering.shared_messages = parent.n_messages if parent else 0
 
     async def count(self, conversation: Conversation, caller: Caller) -> int:
         """Length of the whole prompt, rendered anew. Raises Refusal."""

@@ -43,8 +43,8 @@ class Place:
 
     `fork_reason`: None (it goes on behind `parent`'s answer) · first (it holds no earlier answer) · altered (it holds
     answers that are none of ours, behind `parent` if there is one) · thinking_stripped, tools_changed (of `parent`'s) ·
-    ambiguous (several conversations of ours begin so) · lost (what knows could not be asked) · no_bridge (set by the
-    core: the parent is known, its ids could not be extended).
+    ambiguous (several conversations of ours begin so) · lost (what knows could not be asked) · set when the prompt is
+    made: no_bridge (the parent is known, its ids could not be extended), unrecorded (they were, but nobody keeps them).
 
     `relative` is the session's newest turn, where there is no parent: their prompts may begin alike.
     """

@@ -124,6 +124,22 @@ async def test_a_tenant_decides_what_store_false_means(gateway: Gateway) -> None
     assert await gateway.store.transcript(silent.headers["x-turn-id"]) is None
 
 
+async def test_a_turn_behind_one_that_was_discarded_is_recorded_whole(gateway: Gateway) -> None:
+    key = await new_tenant(gateway, "acme", unstored="discard")
+    silent = await chat(gateway, key, store=False)
+    past = [*HELLO, silent.json()["choices"][0]["message"], {"role": "user", "content": "More"}]
+    body = {"model": "default", "messages": past}
+    told = await call(gateway, "POST", "/v1/chat/completions", key, **body)
+    found = await gateway.transcript(told.headers["x-turn-id"])
+    assert (found.turn.parent_id, found.turn.shared_len, found.turn.fork_reason) == (None, 0, "unrecorded")
+    assert [message.content for message in found.messages] == ["Hello", "Okay.", "More"]
+    assert found.turn.session_id == silent.headers["x-session-id"]
+    assert len(found.prompt_ids) == told.json()["usage"]["prompt_tokens"]
+    more = [*past, told.json()["choices"][0]["message"], {"role": "user", "content": "Last"}]
+    last = await call(gateway, "POST", "/v1/chat/completions", key, model="default", messages=more)
+    assert (await gateway.transcript(last.headers["x-turn-id"])).turn.parent_id == told.headers["x-turn-id"]
+
+
 async def test_each_subject_has_a_policy_of_its_own(gateway: Gateway) -> None:
     key = await new_tenant(gateway, "acme", policies="subject")
     turns = [

@@ -57,6 +57,7 @@ class Head:
     chain: str
     thoughts: str = ""  # keyed hash of all reasoning so far, message by message
     tools: str = ""  # keyed hash of the tools that the prompt was rendered with
+    recorded: bool = True  # False: of a turn that is kept in a gateway's memory alone
 
 
 @dataclass(frozen=True, slots=True)
