@@ -11,7 +11,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from engines import ENGINES, Server, make_adapter, running
 from redis import Redis
+from scheduling import Bench
 from servers import POSTGRES, RedisServer, postgres_server, redis_server
 from sqlalchemy.ext.asyncio import create_async_engine
 from tiny import make_model
@@ -24,6 +26,12 @@ from agent_rl.models import prepare_smollm2
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the two-layer ChatML model."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def bench(tiny_model: Path) -> Bench:
+    """A scheduler of the tiny model, stepped by hand."""
+    return Bench(tiny_model)
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +102,23 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     store = await Store.open(url)
     yield store
     await store.close()
+
+
+# -------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.fixture(params=ENGINES)
+async def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Server]:
+    async with running(request.param, tiny_model, tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: make_adapter(folder / name, tiny_model, seed) for seed, name in enumerate(("r1", "r2"), 1)}
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("other") / "model", seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,16 +11,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from serving import serving
 
-from agent_rl.engine import Engine
+from agent_rl.engine import Chunk, Completion, Engine
 from agent_rl.models import Lora, LoraConfig, load_model, load_tokenizer, save_adapter
 from agent_rl.settings import Settings, load
+from agent_rl.types import BASE_RELEASE, Sampling
 from server.engines import scripted, torch_engine
 
+ENGINES = ("torch", "scripted")
 KEY = "engine-key"
 LONG = 300  # tokens of a long answer
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+LONG_ANSWER = Sampling(max_tokens=LONG, temperature=0.0)
 SCRIPT: dict[str, Any] = {
     "rules": [
         {"user": "long", "text": "a " * LONG, "token_s": 0.002},
@@ -83,3 +89,44 @@ def make_adapter(folder: Path, model: Path, seed: int, *, strength: float = 0.5)
             tensor.normal_(0.0, strength, generator=generator)
     save_adapter(folder, config, tensors)
     return folder
+
+
+def needs_weights(server: Server) -> None:
+    if not server.samples:
+        pytest.skip("a script has no weights to compute with")
+
+
+async def gather(stream: AsyncIterator[Chunk]) -> Completion:
+    chunks = [chunk async for chunk in stream]
+    last = chunks[-1]
+    assert last.finish is not None
+    assert [chunk.finish for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    return Completion(
+        ids=tuple(i for chunk in chunks for i in chunk.ids),
+        logprobs=tuple(p for chunk in chunks for p in chunk.logprobs),
+        kept_mass=tuple(m for chunk in chunks for m in chunk.kept_mass),
+        finish=last.finish,
+        spans=last.spans,
+        matched_stop=last.matched_stop,
+    )
+
+
+async def begun(server: Server, rid: str, release: str = BASE_RELEASE) -> asyncio.Task[Completion]:
+    """A long answer whose first token is there."""
+    started = asyncio.Event()
+
+    async def answer() -> AsyncIterator[Chunk]:
+        async for chunk in server.engine.stream(server.prompt("long"), LONG_ANSWER, rid=rid, release=release):
+            started.set()
+            yield chunk
+
+    task = asyncio.create_task(gather(answer()))
+    await asyncio.wait({task, asyncio.create_task(started.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    assert not task.done(), "the long answer was over at once"
+    return task
+
+
+async def running_becomes(server: Server, count: int) -> None:
+    async with asyncio.timeout(5):
+        while await server.load("running") != count:  # noqa: ASYNC110 — a server's state is asked for
+            await asyncio.sleep(0.005)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -17,85 +16,27 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from engines import KEY, LONG, Server, make_adapter, running
-from tiny import make_model
+from engines import (
+    GREEDY,
+    KEY,
+    LONG,
+    LONG_ANSWER,
+    Server,
+    begun,
+    gather,
+    needs_weights,
+    running_becomes,
+)
 
 from agent_rl.engine import (
-    AnswerReader,
-    Chunk,
-    Completion,
     Engine,
     EngineError,
     EngineRejected,
     EngineUnavailable,
     ReleaseNotLoaded,
-    _needed,
 )
-from agent_rl.models import load_adapter, load_model, tensors_checksum
+from agent_rl.models import load_model
 from agent_rl.types import BASE_RELEASE, Finish, Grammar, Sampling, Span
-
-ENGINES = ("torch", "scripted")
-GREEDY = Sampling(max_tokens=12, temperature=0.0)
-LONG_ANSWER = Sampling(max_tokens=LONG, temperature=0.0)
-
-
-@pytest.fixture(params=ENGINES)
-async def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Server]:
-    async with running(request.param, tiny_model, tmp_path) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(folder / name, tiny_model, seed) for seed, name in enumerate(("r1", "r2"), 1)}
-
-
-@pytest.fixture(scope="session")
-def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("other") / "model", seed=1)
-
-
-def needs_weights(server: Server) -> None:
-    if not server.samples:
-        pytest.skip("a script has no weights to compute with")
-
-
-async def gather(stream: AsyncIterator[Chunk]) -> Completion:
-    chunks = [chunk async for chunk in stream]
-    last = chunks[-1]
-    assert last.finish is not None
-    assert [chunk.finish for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-    return Completion(
-        ids=tuple(i for chunk in chunks for i in chunk.ids),
-        logprobs=tuple(p for chunk in chunks for p in chunk.logprobs),
-        kept_mass=tuple(m for chunk in chunks for m in chunk.kept_mass),
-        finish=last.finish,
-        spans=last.spans,
-        matched_stop=last.matched_stop,
-    )
-
-
-async def begun(server: Server, rid: str, release: str = BASE_RELEASE) -> asyncio.Task[Completion]:
-    """A long answer whose first token is there."""
-    started = asyncio.Event()
-
-    async def answer() -> AsyncIterator[Chunk]:
-        async for chunk in server.engine.stream(server.prompt("long"), LONG_ANSWER, rid=rid, release=release):
-            started.set()
-            yield chunk
-
-    task = asyncio.create_task(gather(answer()))
-    await asyncio.wait({task, asyncio.create_task(started.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    assert not task.done(), "the long answer was over at once"
-    return task
-
-
-async def running_becomes(server: Server, count: int) -> None:
-    async with asyncio.timeout(5):
-        while await server.load("running") != count:  # noqa: ASYNC110 — a server's state is asked for
-            await asyncio.sleep(0.005)
-
 
 # ------------------------------------------------------------------------------------------------- sampling
 
@@ -262,48 +203,6 @@ async def test_what_was_cached_is_said_and_stays_within_its_key(server: Server) 
     assert cached == [0, 0, known, 0, known]
 
 
-def sent(ids: list[int], total: int, finish: dict[str, Any] | None = None, **meta: Any) -> bytes:
-    entries = [(-float(i), i, None) for i in ids]
-    said = {
-        "completion_tokens": total,
-        "finish_reason": finish,
-        "weight_version": "base",
-        "output_token_logprobs": entries,
-    }
-    return json.dumps({"output_ids": ids, "meta_info": said | meta}).encode()
-
-
-@pytest.mark.parametrize(
-    "together",
-    [
-        [sent([1], 1), sent([1, 2], 2), sent([1, 2, 3], 3, {"type": "length"}, cached_tokens=9)],
-        [sent([1], 1), sent([2], 2), sent([3], 3, {"type": "length"}, cached_tokens=9)],
-    ],
-    ids=["each repeats what came before", "each only adds"],
-)
-def test_events_that_come_together_lose_nothing(together: list[bytes]) -> None:
-    reader = AnswerReader(None, Sampling(3))
-    chunks = [reader.read(event) for event in _needed(together)]
-    assert [i for chunk in chunks for i in chunk.ids] == [1, 2, 3]
-    assert [p for chunk in chunks for p in chunk.logprobs] == [-1.0, -2.0, -3.0]
-    assert (chunks[-1].finish, chunks[-1].cached_tokens) == (Finish.LENGTH, 9)
-
-
-def test_an_error_comes_behind_the_tokens_that_were_sampled() -> None:
-    events = _needed([sent([1], 1), b'{"error": {"message": "out of memory"}}'])
-    assert next(events)["output_ids"] == [1]
-    with pytest.raises(EngineError, match="out of memory"):
-        next(events)
-
-
-def test_logprobs_under_a_grammar_are_taken_only_from_a_server_that_says_the_kept_mass() -> None:
-    """SGLang's are of the masked distribution."""
-    sampling = Sampling(1, grammar=Grammar("regex", "a"))
-    assert AnswerReader(None, sampling).read(json.loads(sent([1], 1))).logprobs == (None,)
-    ours = json.loads(sent([1], 1, output_token_kept_mass=[0.5]))
-    assert AnswerReader(None, sampling).read(ours).logprobs == (-1.0,)
-
-
 async def test_seeds(server: Server) -> None:
     prompt = server.prompt("tea")
     drawn = [Sampling(12, seed=seed) for seed in (1, 1, 2)]
@@ -387,141 +286,6 @@ async def test_one_id_is_answered_once_at_a_time(server: Server) -> None:
         await server.engine.complete(server.prompt("tea"), GREEDY, rid="a")
     await server.engine.abort("a")
     await task
-
-
-# -------------------------------------------------------------------------------------------------- adapters
-
-
-async def test_adapters_answer_side_by_side(server: Server, adapters: dict[str, Path]) -> None:
-    for name, folder in adapters.items():
-        await server.engine.load_adapter(name, folder)
-        await server.engine.load_adapter(name, folder)  # again: no error
-    checksums = {name: tensors_checksum(load_adapter(folder)[1]) for name, folder in adapters.items()}
-    assert (await server.engine.info()).adapters == checksums
-    releases = (BASE_RELEASE, "r1", "r2")
-    prompt = server.prompt("tea")
-    alone = [await server.engine.complete(prompt, GREEDY, release=release) for release in releases]
-    together = await asyncio.gather(*(server.engine.complete(prompt, GREEDY, release=r) for r in releases))
-    assert [answer.ids for answer in together] == [answer.ids for answer in alone]
-    assert len({answer.ids for answer in alone}) == 3
-    assert [answer.spans[0].release for answer in alone] == list(releases)
-
-
-async def test_an_answer_finishes_on_the_adapter_it_began_with(server: Server, adapters: dict[str, Path]) -> None:
-    await server.engine.load_adapter("r1", adapters["r1"])
-    whole = await server.engine.complete(server.prompt("long"), LONG_ANSWER, release="r1")
-    task = await begun(server, "a", "r1")
-    await server.engine.unload_adapter("r1")
-    with pytest.raises(ReleaseNotLoaded, match="r1"):
-        await server.engine.complete(server.prompt("tea"), GREEDY, release="r1")
-    assert not task.done()
-    assert (await server.engine.info()).adapters == {}
-    await server.engine.load_adapter("r2", adapters["r2"])
-    answer = await task
-    assert answer.ids == whole.ids
-    assert answer.spans == (Span("r1", 0, len(whole.ids)),)
-    with pytest.raises(ReleaseNotLoaded):
-        await server.engine.unload_adapter("r1")
-    await server.engine.load_adapter("r1", adapters["r1"])
-    again = await server.engine.complete(server.prompt("long"), LONG_ANSWER, release="r1")
-    assert again.ids == whole.ids
-
-
-async def test_a_name_means_one_adapter(server: Server, adapters: dict[str, Path]) -> None:
-    await server.engine.load_adapter("r1", adapters["r1"])
-    with pytest.raises(EngineRejected, match="r1 is loaded already, with other weights"):
-        await server.engine.load_adapter("r1", adapters["r2"])
-    with pytest.raises(EngineRejected, match="is no adapter folder"):
-        await server.engine.load_adapter("r3", server.folder)
-    with pytest.raises(ValueError, match="'base' names the model without an adapter"):
-        await server.engine.load_adapter(BASE_RELEASE, adapters["r1"])
-
-
-# --------------------------------------------------------------------------------------------------- weights
-
-
-async def test_a_swap_lets_running_answers_end_on_the_old_weights(server: Server, other_weights: Path) -> None:
-    before = await server.engine.complete(server.prompt("long"), LONG_ANSWER)
-    task = await begun(server, "a")
-    swap = asyncio.create_task(server.engine.update_weights(other_weights, "w1"))
-    await asyncio.sleep(0.02)
-    later = asyncio.create_task(server.engine.complete(server.prompt("tea"), GREEDY))
-    answer = await task
-    assert (answer.ids, answer.spans) == (before.ids, (Span(BASE_RELEASE, 0, len(before.ids)),))
-    await swap
-    assert {span.release for span in (await later).spans} == {"w1"}
-    info = await server.engine.info()
-    assert (info.weight_version, info.model_path) == ("w1", str(other_weights))
-    after = await server.engine.complete(server.prompt("tea"), GREEDY, release="w1")
-    assert after.spans == (Span("w1", 0, len(after.ids)),)
-    with pytest.raises(ReleaseNotLoaded, match="w1, not base"):
-        await server.engine.complete(server.prompt("tea"), GREEDY)
-
-
-async def test_swapped_weights_are_the_ones_that_answer(server: Server, other_weights: Path) -> None:
-    needs_weights(server)
-    prompt = server.prompt("What is tea?")
-    await server.engine.score(prompt, [5, 6])
-    await server.engine.complete(prompt, GREEDY, priority=0)  # leaves its KV behind: it must not be used again
-    await server.engine.update_weights(other_weights, "w1")
-    with torch.no_grad():
-        logits = load_model(other_weights, "float32")(torch.tensor([[*prompt, 5, 6]])).logits[0, len(prompt) - 1 : -1]
-    expected = logits.log_softmax(-1)[[0, 1], [5, 6]].tolist()
-    assert await server.engine.score(prompt, [5, 6], release="w1") == pytest.approx(expected, abs=1e-4)
-
-
-async def test_a_swap_may_abort(server: Server, other_weights: Path) -> None:
-    task = await begun(server, "a")
-    await server.engine.update_weights(other_weights, "w1", abort=True)
-    answer = await task
-    assert answer.finish is Finish.ABORTED
-    assert answer.spans == (Span(BASE_RELEASE, 0, len(answer.ids)),)
-
-
-async def test_a_swap_is_refused_while_adapters_rest_on_the_base(server: Server, adapters: dict[str, Path]) -> None:
-    await server.engine.load_adapter("r1", adapters["r1"])
-    with pytest.raises(EngineRejected, match=r"\['r1'\] belong to the weights that serve"):
-        await server.engine.update_weights(server.folder, "w1")
-    with pytest.raises(EngineRejected, match="is no model folder"):
-        await server.engine.update_weights(adapters["r1"], "w1")
-    assert (await server.engine.info()).weight_version == BASE_RELEASE
-
-
-@pytest.mark.parametrize("mode", ["retract", "in_place"])
-async def test_a_pause_holds_answers_and_a_swap_in_it_shows(server: Server, other_weights: Path, mode: str) -> None:
-    task = await begun(server, "a")
-    await server.engine.pause(mode)  # type: ignore[arg-type]
-    assert not await server.engine.healthy()
-    waiting = asyncio.create_task(server.engine.complete(server.prompt("tea"), GREEDY))
-    await asyncio.sleep(0.05)
-    await server.engine.update_weights(other_weights, "w1")
-    assert not task.done()
-    assert not waiting.done()
-    await server.engine.resume()
-    answer = await task
-    old, new = answer.spans
-    assert (old.release, old.start, old.kv_mixed) == (BASE_RELEASE, 0, False)
-    assert (new.release, new.start, new.end, new.kv_mixed) == ("w1", old.end, len(answer.ids), mode == "in_place")
-    assert (await waiting).spans[0].release == "w1"
-    assert await server.engine.healthy()
-
-
-@pytest.mark.parametrize("mode", ["retract", "in_place"])
-async def test_a_pause_alone_changes_no_answer(server: Server, mode: str) -> None:
-    whole = await server.engine.complete(server.prompt("long"), LONG_ANSWER)
-    task = await begun(server, "a")
-    await server.engine.pause(mode)  # type: ignore[arg-type]
-    await server.engine.flush_cache()
-    await server.engine.resume()
-    answer = await task
-    assert (answer.ids, answer.spans) == (whole.ids, (Span(BASE_RELEASE, 0, len(whole.ids)),))
-
-
-async def test_a_pause_may_abort(server: Server) -> None:
-    task = await begun(server, "a")
-    await server.engine.pause("abort")
-    assert (await task).finish is Finish.ABORTED
-    await server.engine.resume()
 
 
 # --------------------------------------------------------------------------------------------------- refusals
