@@ -51,7 +51,7 @@ class Ended:
     answer: Message  # all of it: content, reasoning, tool calls
     prompt_tokens: int
     completion_tokens: int
-    reasoning_tokens: int
+    reasoning_tokens: int  # those that came while nothing but reasoning was said
     cached_tokens: int  # of the prompt, those that the engine had from before
     stop: str | None = None  # the stop string that ended it, if one did
     failure: Refusal | None = None

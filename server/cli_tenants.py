@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Work = Callable[[Any, Any], Awaitable[None]]  # (store, settings)
 WithStore = Callable[[Path | None, Work], None]
@@ -86,7 +86,10 @@ def _keys(with_store: WithStore, console: Console) -> typer.Typer:
         from agent_rl.experience import tenancy
 
         async def work(store: Any, settings: Any) -> None:
-            table = Table("key", "tenant", "label", "scopes", "per minute", "at once", "made", "refused from", box=None)
+            key_id = Column("key", min_width=32)  # whole in any terminal: it is what rotate and revoke want
+            table = Table(
+                key_id, "tenant", "label", "scopes", "per minute", "at once", "made", "refused from", box=None
+            )
             for key in await tenancy.keys_of(store, tenant):
                 limits = (_shown(key.requests_per_minute), _shown(key.max_concurrency))
                 times = (_moment(key.created_at), _moment(key.revoked_at))

@@ -16,7 +16,7 @@ from redis import Redis
 from scheduling import Bench
 from servers import POSTGRES, RedisServer, postgres_server, redis_server
 from sqlalchemy.ext.asyncio import create_async_engine
-from tiny import make_model
+from tiny import AGENT, make_model
 
 from agent_rl.experience.store import Store, migrate
 from agent_rl.models import prepare_smollm2
@@ -26,6 +26,12 @@ from agent_rl.models import prepare_smollm2
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the two-layer ChatML model."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model whose template has tools and thoughts."""
+    return make_model(tmp_path_factory.mktemp("agent") / "model", template=AGENT)
 
 
 @pytest.fixture

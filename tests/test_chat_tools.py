@@ -11,30 +11,18 @@ import openai
 import orjson
 import pydantic
 import pytest
+from agent import script
 from gateway import Gateway, running_gateway
-from tiny import AGENT, make_model
 
 from agent_rl.types import Finish, Grammar, Message, ToolCall
 from server.refusal import Refusal
 from server.wires.chat_request import parse
 
-CALLS = (
-    "Let me look.\n"
-    '<tool_call>\n{"name": "look_up", "arguments": {"word": "tea"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "look_up", "arguments": {"word":  "cup"}}\n</tool_call>'
+SCRIPT = script(
+    "Okay.",
+    {"user": "one way", "text": '{"word": "tea"}'},
+    {"user": "slowly", "text": "one two three four five six seven eight nine", "token_s": 0.05},
 )
-SCRIPT = {
-    "token_s": 0.001,
-    "rules": [
-        {"user": "A hot drink", "text": "Tea is a hot drink, from a cup."},
-        {"user": "look tea up", "text": CALLS},
-        {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
-        {"user": "one way", "text": '{"word": "tea"}'},
-        {"user": "slowly", "text": "one two three four five six seven eight nine", "token_s": 0.05},
-        {"user": "give up", "text": "one two three", "abort_after": 2},
-    ],
-    "default": {"text": "Okay."},
-}
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -44,11 +32,6 @@ TOOL: dict[str, Any] = {
     },
 }
 NAMED = {"type": "function", "function": {"name": "look_up"}}
-
-
-@pytest.fixture(scope="module")
-def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("agent") / "model", template=AGENT)
 
 
 @pytest.fixture

@@ -10,42 +10,26 @@ import anthropic
 import httpx
 import orjson
 import pytest
+from agent import script
 from gateway import OWNER, Gateway, running_gateway
-from tiny import AGENT, make_model
 
 from agent_rl.types import Finish, Grammar, Message, ToolCall
 from server.refusal import Refusal
 from server.wires.messages_request import parse, tool_input
 
-CALLS = (
-    "Let me look.\n"
-    '<tool_call>\n{"name": "look_up", "arguments": {"word": "tea"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "look_up", "arguments": {"word":  "cup"}}\n</tool_call>'
+SCRIPT = script(
+    "A hot drink. 日本 🦀",
+    {"user": "In short", "text": "Tea is a hot drink, from a cup."},
+    {"user": "bad call", "text": '<tool_call>\n{"name": "look_up", "arguments": {"word": tea}}\n</tool_call>'},
+    {"user": "stop early", "text": "Yes. STOP No."},
+    {"user": "sleep", "text": "Okay.", "first_token_s": 0.35},
 )
-SCRIPT = {
-    "token_s": 0.001,
-    "rules": [
-        {"user": "A hot drink|In short", "text": "Tea is a hot drink, from a cup."},
-        {"user": "look tea up", "text": CALLS},
-        {"user": "bad call", "text": '<tool_call>\n{"name": "look_up", "arguments": {"word": tea}}\n</tool_call>'},
-        {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
-        {"user": "stop early", "text": "Yes. STOP No."},
-        {"user": "give up", "text": "one two three", "abort_after": 2},
-        {"user": "sleep", "text": "Okay.", "first_token_s": 0.35},
-    ],
-    "default": {"text": "A hot drink. 日本 🦀"},
-}
 TOOL: dict[str, Any] = {
     "name": "look_up",
     "description": "Looks a word up.",
     "input_schema": {"type": "object", "properties": {"word": {"type": "string"}}},
     "cache_control": {"type": "ephemeral"},
 }
-
-
-@pytest.fixture(scope="module")
-def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("agent") / "model", template=AGENT)
 
 
 @pytest.fixture

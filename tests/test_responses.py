@@ -10,43 +10,26 @@ from typing import Any
 import openai
 import pytest
 import websockets
+from agent import script
 from gateway import OTHER, OWNER, Gateway, running_gateway
-from tiny import AGENT, make_model
 
 from agent_rl.types import Grammar, Message, ToolCall
 from server.refusal import Refusal
 from server.wires.responses_items import messages_of
 from server.wires.responses_request import parse
 
-CALLS = (
-    "Let me look.\n"
-    '<tool_call>\n{"name": "look_up", "arguments": {"word": "tea"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "look_up", "arguments": {"word":  "cup"}}\n</tool_call>'
+SCRIPT = script(
+    "Okay. 日本 🦀",
+    {"user": "patch", "text": '<tool_call>\n{"name": "apply", "arguments": {"input": "*** Begin"}}\n</tool_call>'},
+    {"user": "close it", "text": '<tool_call>\n{"name": "agents__close", "arguments": {"id": "a"}}\n</tool_call>'},
+    {"user": "slowly", "text": "one two three four", "token_s": 0.2},
 )
-SCRIPT = {
-    "token_s": 0.001,
-    "rules": [
-        {"user": "A hot drink", "text": "Tea is a hot drink, from a cup."},
-        {"user": "look tea up", "text": CALLS},
-        {"user": "patch", "text": '<tool_call>\n{"name": "apply", "arguments": {"input": "*** Begin"}}\n</tool_call>'},
-        {"user": "close it", "text": '<tool_call>\n{"name": "agents__close", "arguments": {"id": "a"}}\n</tool_call>'},
-        {"user": "think", "text": "<think>\nTea is wet.\n</think>\n\nIt is wet."},
-        {"user": "give up", "text": "one two three", "abort_after": 2},
-        {"user": "slowly", "text": "one two three four", "token_s": 0.2},
-    ],
-    "default": {"text": "Okay. 日本 🦀"},
-}
 TOOL: dict[str, Any] = {
     "type": "function",
     "name": "look_up",
     "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
     "strict": False,
 }
-
-
-@pytest.fixture(scope="module")
-def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("agent") / "model", template=AGENT)
 
 
 @pytest.fixture

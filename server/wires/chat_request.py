@@ -16,6 +16,7 @@ from server.refusal import bad_field
 from server.wires.request import (
     Body,
     boolean,
+    format_grammar,
     function_tool,
     integer,
     items,
@@ -23,7 +24,6 @@ from server.wires.request import (
     kind,
     mapping,
     number,
-    schema_grammar,
     stop_strings,
     string,
     text,
@@ -117,17 +117,9 @@ def _sampling(body: Body, default_max_tokens: int) -> Sampling:
     return Sampling(max_tokens=most or default_max_tokens, stop=stop_strings(body.get("stop"), "stop"), **known)
 
 
-def _grammar(response_format: Body) -> Grammar | None:
-    """A schema is held to, whether or not the client calls it strict."""
-    form = response_format.get("type", "text")
-    if form == "text":
-        return None
-    if form == "json_object":
-        return schema_grammar({"type": "object"}, "response_format")
-    if form == "json_schema":
-        wanted = mapping(response_format, "json_schema", "response_format.")
-        return schema_grammar(wanted.get("schema"), "response_format.json_schema.schema")
-    raise bad_field("response_format.type", f"must be text, json_object or json_schema, not {form!r:.80}")
+def _grammar(form: Body) -> Grammar | None:
+    wanted = mapping(form, "json_schema", "response_format.")
+    return format_grammar(form, wanted.get("schema"), "response_format", "response_format.json_schema.schema")
 
 
 # ------------------------------------------------------------------------------------------------------- tools

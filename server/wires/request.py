@@ -138,6 +138,19 @@ def schema_grammar(schema: object, where: str) -> Grammar:
     return Grammar("json_schema", orjson.dumps(schema).decode())
 
 
+def format_grammar(form: Body, schema: object, path: str, schema_path: str) -> Grammar | None:
+    """Of a `response_format` or a `text.format`, which keep their schema in different places. A schema is held to,
+    whether or not the client calls it strict."""
+    wanted = form.get("type", "text")
+    if wanted == "text":
+        return None
+    if wanted == "json_object":
+        return schema_grammar({"type": "object"}, path)
+    if wanted == "json_schema":
+        return schema_grammar(schema, schema_path)
+    raise bad_field(f"{path}.type", f"must be text, json_object or json_schema, not {wanted!r:.80}")
+
+
 def kind(value: object) -> str:
     """What JSON calls it."""
     if value is None:

@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent_rl.types import Conversation, Grammar, Json, Message, Sampling
+from agent_rl.types import Conversation, Json, Message, Sampling
 from server.identity import Hints, identify
 from server.refusal import bad_field
 from server.wires.request import (
     Body,
     boolean,
+    format_grammar,
     function_tool,
     integer,
     items,
     mapping,
     number,
-    schema_grammar,
     string,
     text,
 )
@@ -113,25 +113,15 @@ def parse(
 
 
 def _sampling(body: Body, default_max_tokens: int) -> Sampling:
+    form = mapping(mapping(body, "text"), "format", "text.")
     given = {
         "temperature": number(body, "temperature", 0, 2),
         "top_p": number(body, "top_p", 1e-6, 1),
         "seed": integer(body, "seed", -(2**63), 2**63 - 1),
-        "grammar": _grammar(mapping(mapping(body, "text"), "format", "text.")),
+        "grammar": format_grammar(form, form.get("schema"), "text.format", "text.format.schema"),
     }
     known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Sampling(max_tokens=integer(body, "max_output_tokens", 1, 2**31 - 1) or default_max_tokens, **known)
-
-
-def _grammar(form: Body) -> Grammar | None:
-    kind_of_it = form.get("type", "text")
-    if kind_of_it == "text":
-        return None
-    if kind_of_it == "json_object":
-        return schema_grammar({"type": "object"}, "text.format")
-    if kind_of_it == "json_schema":
-        return schema_grammar(form.get("schema"), "text.format.schema")
-    raise bad_field("text.format.type", f"must be text, json_object or json_schema, not {kind_of_it!r:.80}")
 
 
 def _include(body: Body) -> list[str]:
