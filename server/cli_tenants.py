@@ -87,13 +87,11 @@ def _keys(with_store: WithStore, console: Console) -> typer.Typer:
 
         async def work(store: Any, settings: Any) -> None:
             key_id = Column("key", min_width=32)  # whole in any terminal: it is what rotate and revoke want
-            table = Table(
-                key_id, "tenant", "label", "scopes", "per minute", "at once", "made", "refused from", box=None
-            )
+            table = Table(key_id, "tenant", "label", "scopes", "limits", "refused from", box=None, pad_edge=False)
             for key in await tenancy.keys_of(store, tenant):
-                limits = (_shown(key.requests_per_minute), _shown(key.max_concurrency))
-                times = (_moment(key.created_at), _moment(key.revoked_at))
-                table.add_row(key.api_key_id, key.tenant_id, key.label, ", ".join(sorted(key.scopes)), *limits, *times)
+                limits = f"{_shown(key.requests_per_minute)}/min, {_shown(key.max_concurrency)} at once"
+                scopes = ", ".join(sorted(key.scopes))
+                table.add_row(key.api_key_id, key.tenant_id, key.label, scopes, limits, _moment(key.revoked_at))
             console.print(table)
 
         with_store(home, work)
