@@ -19,9 +19,8 @@ server's weight version (full weights).
 from __future__ import annotations
 
 import json
-import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,54 +29,34 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from agent_rl.types import BASE_RELEASE, Finish, Sampling, Span
+from agent_rl.engine_answers import (
+    AnswerReader,
+    Chunk,
+    Completion,
+    EngineError,
+    EngineRejected,
+    EngineUnavailable,
+    ReleaseNotLoaded,
+    message_of,
+    needed,
+    release_name,
+)
+from agent_rl.types import BASE_RELEASE, Finish, Sampling
 
-log = logging.getLogger("agent_rl.engine")
+__all__ = [
+    "Chunk",
+    "Completion",
+    "Engine",
+    "EngineError",
+    "EngineInfo",
+    "EngineRejected",
+    "EngineUnavailable",
+    "ReleaseNotLoaded",
+    "sampling_body",
+]
 
 CONNECT_S = 10.0
 KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5: a connection must not be reused as it dies
-UNNAMED_VERSION = "default"  # what SGLang calls the weights that it was started with, unless told otherwise
-
-
-class EngineError(RuntimeError):
-    """The engine answered with something that is neither an answer nor a known refusal."""
-
-
-class EngineUnavailable(EngineError, ConnectionError):
-    """Nobody answers, or the server is still starting; try again."""
-
-
-class EngineRejected(EngineError, ValueError):
-    """The engine refuses this request (too long, bad parameter); trying again does not help."""
-
-
-class ReleaseNotLoaded(EngineError, LookupError):
-    """The engine does not have this release (yet)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one event of a stream adds."""
-
-    ids: tuple[int, ...]  # [C]
-    logprobs: tuple[float | None, ...]  # [C]
-    kept_mass: tuple[float | None, ...]  # [C] None where nothing was cut or the server does not say
-    finish: Finish | None = None  # on the last chunk; ERROR: the engine failed, what came before is what it sampled
-    matched_stop: str | None = None  # the stop string that ended it, if one did
-    spans: tuple[Span, ...] = ()  # on the last chunk: of the whole response
-    cached_tokens: int = 0  # on the last chunk: of the prompt, those whose KV the engine had from before
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer."""
-
-    ids: tuple[int, ...]  # [R]
-    logprobs: tuple[float | None, ...]  # [R]
-    kept_mass: tuple[float | None, ...]  # [R]
-    finish: Finish
-    spans: tuple[Span, ...]
-    matched_stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +107,7 @@ class Engine:
         reader = AnswerReader(body.get("lora_path"), sampling)
         async with self._call("POST", "/generate", body | {"stream": True}) as response:
             async for lines in _events(response):
-                for event in _needed(lines):
+                for event in needed(lines):
                     chunk = reader.read(event)
                     self._heard(event["meta_info"])
                     if chunk.ids or chunk.finish:
@@ -197,7 +176,7 @@ class Engine:
             model_path=model["model_path"],
             vocab_size=int(model.get("vocab_size") or config["vocab_size"]),
             max_context=int(server.get("context_length") or config["max_position_embeddings"]),
-            weight_version=_release_name(model["weight_version"]),
+            weight_version=release_name(model["weight_version"]),
             adapters=dict(model.get("adapters") or {}),
         )
         self._vocab_size, self._weight_version = info.vocab_size, info.weight_version
@@ -282,7 +261,7 @@ class Engine:
 
     def _heard(self, meta: Mapping[str, Any]) -> None:
         if "weight_version" in meta:
-            self._weight_version = _release_name(meta["weight_version"])
+            self._weight_version = release_name(meta["weight_version"])
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         async with self._call(method, path, body) as response:
@@ -310,53 +289,6 @@ class Engine:
             raise EngineUnavailable(f"{self.url}{path}: no answer within {self._timeout.total} s") from late
         except aiohttp.ClientError as broken:
             raise EngineUnavailable(f"{self.url}{path}: {broken or type(broken).__name__}") from broken
-
-
-class AnswerReader:
-    """Turns the events of one answer into chunks, whether each event repeats all that came before or only adds."""
-
-    def __init__(self, adapter: str | None, sampling: Sampling) -> None:
-        self.adapter = adapter
-        self.sampling = sampling
-        self.seen = 0
-
-    def read(self, event: Mapping[str, Any]) -> Chunk:
-        meta = event["meta_info"]
-        all_ids, total = event["output_ids"], int(meta["completion_tokens"])
-        new = total - self.seen
-        if new < 0 or len(all_ids) not in (total, new):
-            raise EngineError(f"an event of {len(all_ids)} ids after {self.seen} makes no answer of {total}")
-        ids = tuple(all_ids[len(all_ids) - new :])
-        entries = meta.get("output_token_logprobs") or []
-        logprobs = _last(new, [entry[0] for entry in entries[len(entries) - new :]], "logprobs")
-        kept = meta.get("output_token_kept_mass")
-        kept_mass = (None,) * new if kept is None else _last(new, kept, "kept masses")
-        masked = self.sampling.grammar is not None and kept is None  # its logprobs may be of the masked distribution
-        self.seen = total
-        reason = meta.get("finish_reason")
-        return Chunk(
-            ids=ids,
-            logprobs=(None,) * new if self.sampling.ratio_free or masked else logprobs,
-            kept_mass=kept_mass,
-            finish=_finish(reason) if reason else None,
-            matched_stop=reason["matched"] if reason and isinstance(reason.get("matched"), str) else None,
-            spans=read_spans(meta, self.adapter) if reason else (),
-            cached_tokens=int(meta.get("cached_tokens") or 0) if reason else 0,
-        )
-
-
-def read_spans(meta: Mapping[str, Any], adapter: str | None) -> tuple[Span, ...]:
-    """Which release sampled which tokens. An adapter's answer is its own throughout, mixed where the base moved."""
-    total = int(meta["completion_tokens"])
-    if total == 0:
-        return ()
-    versions = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": total}]
-    careful = int(meta.get("num_retractions") or 0) == 0  # a server that does not say: mixed unless KV was made anew
-    return tuple(
-        Span(adapter or _release_name(v["version"]), v["start"], v["end"], bool(v.get("kv_mixed", careful and n > 0)))
-        for n, v in enumerate(versions)
-        if v["end"] > v["start"]
-    )
 
 
 def sampling_body(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
@@ -392,31 +324,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]
             return
 
 
-def _needed(texts: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """Of events that came together the last alone, where it repeats the others. Raises EngineError at an error."""
-    last = orjson.loads(texts[-1])
-    repeats = "error" not in last and len(last["output_ids"]) == last["meta_info"]["completion_tokens"]
-    for event in [last] if repeats else map(orjson.loads, texts):
-        if "error" in event:
-            raise EngineError(f"the engine failed: {_message(orjson.dumps(event).decode())}")
-        yield event
-
-
-def _finish(reason: Mapping[str, Any]) -> Finish:
-    if reason["type"] == "abort" and reason.get("status_code"):
-        log.warning("the engine gave an answer up: %s", reason.get("message"))
-        return Finish.ERROR
-    return {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}[reason["type"]]
-
-
-def _last(count: int, values: Sequence[float | None], what: str) -> tuple[float | None, ...]:
-    if len(values) < count:
-        raise EngineError(f"{len(values)} {what} for {count} new ids")
-    return tuple(values[len(values) - count :])
-
-
 def _refusal(status: int, text: str, body: Mapping[str, Any]) -> EngineError:
-    message = _message(text)
+    message = message_of(text)
     if status == 503:
         return EngineUnavailable(message)
     adapter = body.get("lora_name") or ("lora_path" in body and body["lora_path"])
@@ -424,22 +333,6 @@ def _refusal(status: int, text: str, body: Mapping[str, Any]) -> EngineError:
     if status == 404 or (adapter and absent):
         return ReleaseNotLoaded(message)
     return EngineRejected(message) if status in (400, 422) else EngineError(f"HTTP {status}: {message}")
-
-
-def _message(text: str) -> str:
-    """The words of an error in any of SGLang's shapes."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return text or "no message"
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("error_message") or error
-    return str(error)
-
-
-def _release_name(weight_version: str) -> str:
-    return BASE_RELEASE if weight_version == UNNAMED_VERSION else weight_version
 
 
 def _model_config(model_path: str) -> dict[str, Any]:

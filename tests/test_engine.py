@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from agent_rl.engine import (
+from agent_rl.engine_answers import (
     AnswerReader,
     EngineError,
-    _needed,
+    needed,
 )
 from agent_rl.types import Finish, Grammar, Sampling
 
@@ -36,14 +36,14 @@ def sent(ids: list[int], total: int, finish: dict[str, Any] | None = None, **met
 )
 def test_events_that_come_together_lose_nothing(together: list[bytes]) -> None:
     reader = AnswerReader(None, Sampling(3))
-    chunks = [reader.read(event) for event in _needed(together)]
+    chunks = [reader.read(event) for event in needed(together)]
     assert [i for chunk in chunks for i in chunk.ids] == [1, 2, 3]
     assert [p for chunk in chunks for p in chunk.logprobs] == [-1.0, -2.0, -3.0]
     assert (chunks[-1].finish, chunks[-1].cached_tokens) == (Finish.LENGTH, 9)
 
 
 def test_an_error_comes_behind_the_tokens_that_were_sampled() -> None:
-    events = _needed([sent([1], 1), b'{"error": {"message": "out of memory"}}'])
+    events = needed([sent([1], 1), b'{"error": {"message": "out of memory"}}'])
     assert next(events)["output_ids"] == [1]
     with pytest.raises(EngineError, match="out of memory"):
         next(events)

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from serving import serving
 
-from agent_rl.engine import AnswerReader, Engine, _events, _needed, sampling_body
+from agent_rl.engine import Engine, _events, sampling_body
+from agent_rl.engine_answers import AnswerReader, needed
 from agent_rl.models import load_model, load_tokenizer
 from agent_rl.settings import load
 from agent_rl.types import Sampling
@@ -59,7 +60,7 @@ async def ours(engine: Engine, ids: list[list[int]], sampling: Sampling) -> floa
         body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, "stream": True}
         reader = AnswerReader(None, sampling)
         async with engine._call("POST", "/generate", body) as response:
-            return sum([len(reader.read(event).ids) async for texts in _events(response) for event in _needed(texts)])
+            return sum([len(reader.read(event).ids) async for texts in _events(response) for event in needed(texts)])
 
     got = await asyncio.gather(*(one(prompt) for prompt in ids))
     assert set(got) == {sampling.max_tokens}
