@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +266,19 @@ def line(row: Row, rows: list[Row], behind: str | None) -> str:
     return "| " + " | ".join(cells + cpu) + " |"
 
 
+def processor() -> str:
+    """As Linux names it, else the architecture."""
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    return names[0] if names else platform.machine()
+
+
 def report(rows: list[Row], contestants: list[Contestant], sizes: list[float], litellm: str | None) -> str:
     behind = {c.target.name: c.behind for c in contestants}
     lines = [
         "# The gateway beside LiteLLM and direct access",
         "",
-        f"Made by `make bench-gateway` ({Path(__file__).name}) on {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}"
+        f"Made by `make bench-gateway` on {date.today()}, {processor()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
         + (f", LiteLLM {litellm}" if litellm else "")
         + f". Answers of {TOKENS} tokens, the first after {FIRST_S * 1e3:.0f} ms, then one per {TOKEN_S * 1e3:.0f} ms. "
         "Each gateway has one core; load and what stands behind share the rest. *Added*: less what the same load sees "
