@@ -1,9 +1,10 @@
-"""An answer as it becomes certain: text in, as it is decoded; text, reasoning and tool calls out, without markup."""
+"""An answer as it becomes certain: ids in as they are sampled; text, reasoning and tool calls out, without markup."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from agent_rl.calls import CallReader
@@ -11,6 +12,8 @@ from agent_rl.dialects import Dialect
 from agent_rl.types import Json, Message, ToolCall
 
 THINK, THOUGHT = "<think>", "</think>"
+UNFINISHED = 3  # tokens that can be the beginning of one character: UTF-8 has four bytes at most
+CONTEXT = 4  # tokens before, for tokenizers that write a first word otherwise than a later one
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,68 @@ class Reader:
             shown = text[: len(text) - keep]
             keep += len(shown) - len(shown.rstrip())
         return keep
+
+
+class AnswerParser:
+    """Ids in as they are sampled, what they say out as soon as it is certain: split UTF-8 and what may become markup or
+    a stop string are held back, end markers never come out. The work per token does not grow with the answer."""
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], unseen: Collection[int], reader: Reader) -> None:
+        self._tokenizer, self._stop_ids, self._unseen = tokenizer, frozenset(stop_ids), frozenset(unseen)
+        self._reader = reader
+        self._shown: list[int] = []  # the ids that came out last: what the next ones are decoded behind
+        self._fresh: list[int] = []  # ids that do not end on a whole character yet
+        self._ended = False  # by an end marker
+
+    def push(self, ids: Sequence[int]) -> Parsed:
+        """What these ids make certain."""
+        for token in ids:
+            if self._ended or self.stopped:
+                break
+            if token in self._stop_ids:
+                self._ended = True
+            elif token not in self._unseen:
+                self._fresh.append(token)
+        return self._reader.push(self._decoded(last=self._ended))
+
+    def finish(self) -> Parsed:
+        """What was held back and turned out to be text; nothing after a stop string."""
+        return self._reader.push(self._decoded(last=True), last=True)
+
+    def answer(self) -> Message:
+        """Everything so far."""
+        return self._reader.answer()
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return self._reader.stop_string
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string was seen: the rest of the answer is not wanted."""
+        return self._reader.stop_string is not None
+
+    def _decoded(self, *, last: bool) -> str:
+        """The text of the fresh ids, without those at the end that are the beginning of a character. Bytes that can
+        never be one come out as U+FFFD."""
+        if not self._fresh:
+            return ""
+        behind = len(self._text(self._shown)) if self._shown else 0
+        ready = len(self._fresh)
+        text = self._text(self._shown + self._fresh)
+        if text.endswith("\ufffd") and not last:
+            for n in range(len(self._fresh) - 1, max(-1, len(self._fresh) - UNFINISHED - 1), -1):
+                shorter = self._text(self._shown + self._fresh[:n])
+                if not shorter.endswith("\ufffd"):
+                    ready, text = n, shorter
+                    break
+        if ready:
+            self._shown, self._fresh = self._fresh[:ready][-CONTEXT:], self._fresh[ready:]
+        return text[behind:]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _overlap(text: str, marks: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from agent_rl.dialects import DIALECTS, HERMES, Dialect, spell_out, tool_grammar
-from agent_rl.parsing import THINK, THOUGHT, Parsed, Reader
+from agent_rl.parsing import THINK, THOUGHT, AnswerParser, Reader
 from agent_rl.types import Grammar, Json, Message, ToolCall
 
 Ids = tuple[int, ...]
-UNFINISHED = 3  # tokens that can be the beginning of one character: UTF-8 has four bytes at most
-CONTEXT = 4  # tokens before, for tokenizers that write a first word otherwise than a later one
 ANSWER = "0d5c2e61"  # stands for an answer while the template shows what it puts behind one
 
 
@@ -172,7 +170,7 @@ class Renderer:
             return None
         if _TOOLS[2].content not in whole or "look_up" not in prompt:
             return None
-        said = self._markup.sub(lambda m: m[0] if m[0] in MARKUP else "", call[_shared(prompt, call) :])
+        said = self._markup.sub(lambda m: m[0] if m[0] in MARKUP else "", call[common_prefix(prompt, call) :])
         return next((dialect for dialect in DIALECTS if self._reads(dialect, said)), None)
 
     def _reads(self, dialect: Dialect, said: str) -> bool:
@@ -228,71 +226,9 @@ class Renderer:
         past = everything[: len(everything) - len(behind)]
         if everything[len(past) :] != behind:
             return False
-        shared = _shared(prompt, past)
+        shared = common_prefix(prompt, past)
         rests = [self.decode(ids[shared:]) for ids in (prompt, past)]
         return prompt == past or (self._thinks and all(map(NO_THOUGHT.fullmatch, rests)))
-
-
-class AnswerParser:
-    """Ids in as they are sampled, what they say out as soon as it is certain: split UTF-8 and what may become markup or
-    a stop string are held back, end markers never come out. The work per token does not grow with the answer."""
-
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], unseen: Collection[int], reader: Reader) -> None:
-        self._tokenizer, self._stop_ids, self._unseen = tokenizer, frozenset(stop_ids), frozenset(unseen)
-        self._reader = reader
-        self._shown: list[int] = []  # the ids that came out last: what the next ones are decoded behind
-        self._fresh: list[int] = []  # ids that do not end on a whole character yet
-        self._ended = False  # by an end marker
-
-    def push(self, ids: Sequence[int]) -> Parsed:
-        """What these ids make certain."""
-        for token in ids:
-            if self._ended or self.stopped:
-                break
-            if token in self._stop_ids:
-                self._ended = True
-            elif token not in self._unseen:
-                self._fresh.append(token)
-        return self._reader.push(self._decoded(last=self._ended))
-
-    def finish(self) -> Parsed:
-        """What was held back and turned out to be text; nothing after a stop string."""
-        return self._reader.push(self._decoded(last=True), last=True)
-
-    def answer(self) -> Message:
-        """Everything so far."""
-        return self._reader.answer()
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that was met."""
-        return self._reader.stop_string
-
-    @property
-    def stopped(self) -> bool:
-        """True once a stop string was seen: the rest of the answer is not wanted."""
-        return self._reader.stop_string is not None
-
-    def _decoded(self, *, last: bool) -> str:
-        """The text of the fresh ids, without those at the end that are the beginning of a character. Bytes that can
-        never be one come out as U+FFFD."""
-        if not self._fresh:
-            return ""
-        behind = len(self._text(self._shown)) if self._shown else 0
-        ready = len(self._fresh)
-        text = self._text(self._shown + self._fresh)
-        if text.endswith("\ufffd") and not last:
-            for n in range(len(self._fresh) - 1, max(-1, len(self._fresh) - UNFINISHED - 1), -1):
-                shorter = self._text(self._shown + self._fresh[:n])
-                if not shorter.endswith("\ufffd"):
-                    ready, text = n, shorter
-                    break
-        if ready:
-            self._shown, self._fresh = self._fresh[:ready][-CONTEXT:], self._fresh[ready:]
-        return text[behind:]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
 GUARD = "\ue0d5"  # a private-use character, which no tokenizer's markup contains
@@ -327,7 +263,7 @@ PROBES: tuple[tuple[Message, ...], ...] = (
 )
 
 
-def _shared(a: Sequence[object], b: Sequence[object]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of what both begin with."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

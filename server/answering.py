@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from agent_rl.engine import Chunk
 from agent_rl.experience.stream import Head
-from agent_rl.parsing import Parsed
-from agent_rl.rendering import AnswerParser
+from agent_rl.parsing import AnswerParser, Parsed
 from agent_rl.types import BASE_RELEASE, Conversation, Finish, Message, Policy, Span, Turn
 from server.auth import Caller
 from server.refusal import Refusal

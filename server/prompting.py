@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from agent_rl.rendering import Renderer, RenderError
+from agent_rl.rendering import Renderer, RenderError, common_prefix
 from agent_rl.settings import GatewaySettings
 from agent_rl.types import Conversation, Grammar
 from server.answering import Answering
@@ -98,10 +97,6 @@ class Prompter:
                 param="messages",
             )
         return max_context - prompt_tokens
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _offered(conversation: Conversation) -> Conversation:
